@@ -1,0 +1,180 @@
+"""The command line: train, eval, report, info. Typed options come from `DreamerConfig`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from phyxdream import __version__
+from phyxdream.agents.config import PRESETS, DreamerConfig, preset
+from phyxdream.errors import ConfigError, PhyxdreamError, suggest
+
+USAGE = """usage: phyxdream COMMAND [...]
+
+  train [PRESET] [--options]   train an agent; bare `phyxdream train` learns Catch from its pixels in minutes
+  eval RUN [--options]         evaluate the trained agent of a run directory
+  report RUN                   write the HTML report of a run directory
+  info                         backends and environments found, versions, GPU, and why something is off
+
+`phyxdream COMMAND --help` lists the options of a command. Presets: {presets}."""
+
+DEFAULT_PRESET = "catch"
+
+
+@dataclass
+class Train:
+    """Train an agent. Options override the preset's values."""
+
+    config: tyro.conf.OmitArgPrefixes[DreamerConfig]
+    resume: bool = False
+    """Continue the run in --logdir (or the newest one under runs/) from its last checkpoint."""
+    quiet: bool = False
+    """No progress display."""
+
+
+@dataclass
+class Eval:
+    """Evaluate the newest checkpoint of a run."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run directory."""
+    episodes: int = 100
+    seed: int = 2_000_000
+    explore: bool = False
+    """Sample actions instead of taking the most likely one."""
+
+
+@dataclass
+class Report:
+    """Write report.html of a run: learning curve, losses, evaluations, and what the model dreams."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run directory."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 an error the user can act on, 2 wrong usage, 128+n signal n."""
+    argv = sys.argv[1:] if argv is None else argv
+    commands: dict[str, Callable[[list[str]], int]] = {"train": _train, "eval": _eval, "report": _report, "info": _info}
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE.format(presets=", ".join(PRESETS)))
+        return 0 if argv else 2
+    if argv[0] in ("-V", "--version"):
+        print(f"phyxdream {__version__}")
+        return 0
+    if argv[0] not in commands:
+        print(f"phyxdream: unknown command {argv[0]!r}{suggest(argv[0], commands)}\n\n"
+              + USAGE.format(presets=", ".join(PRESETS)), file=sys.stderr)  # fmt: skip
+        return 2
+    try:
+        return commands[argv[0]](argv[1:])
+    except (PhyxdreamError, FloatingPointError) as error:
+        print(f"phyxdream {argv[0]}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"phyxdream {argv[0]}: interrupted", file=sys.stderr)
+        return 130
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())
+
+
+def _train(argv: list[str]) -> int:
+    named = bool(argv) and not argv[0].startswith("-")
+    resuming = any(a == "--resume" or a.startswith("--resume=") for a in argv)
+    if resuming:
+        if named:
+            raise ConfigError(f"--resume takes its configuration from the run; leave out the preset {argv[0]!r}")
+        default = _stored_config(_option(argv, "--logdir") or _newest_run())
+    else:
+        default = preset(argv[0] if named else DEFAULT_PRESET)
+    options = tyro.cli(Train, args=argv[1:] if named else argv, default=Train(default),
+                       prog="phyxdream train [PRESET]")  # fmt: skip
+    from phyxdream.agents import DreamerAgent
+
+    result = DreamerAgent(options.config).train(resume=options.resume, quiet=options.quiet)
+    if result.signal is not None:
+        return 128 + result.signal
+    evaluation = result.evaluation
+    print(f"evaluation return: {evaluation.mean:.3f} ± {evaluation.std:.3f} over {len(evaluation.returns)} episodes")
+    print(f"report: {result.report}")
+    return 0
+
+
+def _eval(argv: list[str]) -> int:
+    options = tyro.cli(Eval, args=argv, prog="phyxdream eval")
+    from phyxdream.train.evaluate import evaluate
+    from phyxdream.train.loop import load_agent
+    from phyxdream.train.run import Run
+
+    if options.episodes < 1:
+        raise ConfigError(f"episodes: expected at least 1, got {options.episodes}")
+    run = Run.open(options.run)
+    agent, found = load_agent(run)
+    result = evaluate(agent, options.episodes, options.seed, explore=options.explore)
+    run.add_evaluation({"step": found.step, "returns": result.returns, "lengths": result.lengths,
+                        "seed": options.seed})  # fmt: skip
+    print(f"evaluation return: {result.mean:.3f} ± {result.std:.3f} over {len(result.returns)} episodes "
+          f"(step {found.step}, seed {options.seed})")  # fmt: skip
+    return 0
+
+
+def _report(argv: list[str]) -> int:
+    options = tyro.cli(Report, args=argv, prog="phyxdream report")
+    from phyxdream.replay import Replay
+    from phyxdream.train.loop import load_agent
+    from phyxdream.train.report import write_report
+    from phyxdream.train.run import Run
+    from phyxdream.train.video import open_loop_video
+
+    run = Run.open(options.run)
+    agent, found = load_agent(run)
+    print(f"report: {write_report(run, video=open_loop_video(agent, Replay.load(found.replay_path)))}")
+    return 0
+
+
+def _info(argv: list[str]) -> int:
+    from phyxdream.train.info import collect
+
+    if argv:
+        raise ConfigError(f"info takes no options, got {argv}")
+    console = Console(highlight=False)
+    for title, rows in collect().items():
+        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
+        for name, value in rows:
+            table.add_row(name, value)
+        console.print(table, "")
+    return 0
+
+
+def _option(argv: list[str], name: str) -> str | None:
+    for i, argument in enumerate(argv):
+        if argument == name and i + 1 < len(argv):
+            return argv[i + 1]
+        if argument.startswith(name + "="):
+            return argument.split("=", 1)[1]
+    return None
+
+
+def _newest_run() -> str:
+    runs = sorted(Path("runs").glob("*/versions.json"), key=lambda p: p.stat().st_mtime)
+    if not runs:
+        raise ConfigError("--resume: there is no run under runs/; name one with --logdir")
+    return str(runs[-1].parent)
+
+
+def _stored_config(logdir: str) -> DreamerConfig:
+    from phyxdream.train.run import Run
+
+    config = DreamerConfig.from_dict(Run.open(logdir).config)
+    config.logdir = logdir
+    return config

@@ -1,0 +1,91 @@
+"""Between agent and environments: steps them, turns what comes back into replay steps, and remembers the actions."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from phyxdream import envs
+from phyxdream.agents.config import DreamerConfig
+from phyxdream.envs import VectorEnv
+
+
+def make_env(config: DreamerConfig, num_envs: int | None = None, seed: int | None = None) -> VectorEnv:
+    """The environments a configuration asks for."""
+    return envs.make(
+        config.env_id,
+        num_envs=num_envs or config.num_envs,
+        seed=config.seed if seed is None else seed,
+        action_repeat=config.action_repeat,
+        time_limit=config.time_limit,
+        image_size=config.image_size,
+        pixels=config.pixels,
+        **({} if config.camera is None else {"camera": config.camera}),
+    )
+
+
+@dataclass
+class Episode:
+    """A finished episode: sum of rewards, and length in actions."""
+
+    episode_return: float
+    length: int
+
+
+class Driver:
+    """Steps vectorised environments and keeps, in `row`, the replay step each one is at.
+
+    The actions since the environments were made are kept too: environments cannot be saved, but the same seed and
+    actions bring them back exactly (`replay_actions`). Recording ends after `budget` seconds of stepping, when
+    bringing them back would take longer than a user wants to wait.
+    """
+
+    def __init__(self, env: VectorEnv, budget: float = 0.0):
+        self.env, self.budget = env, budget
+        self.seconds = 0.0
+        self.discrete = not env.single_action_space.shape
+        self._returns = np.zeros(env.num_envs)
+        self._lengths = np.zeros(env.num_envs, np.int64)
+        self._actions: list[np.ndarray] | None = []
+        observation, info = env.reset()
+        zeros = np.zeros((env.num_envs, *env.single_action_space.shape), np.int32 if self.discrete else np.float32)
+        self.row = {**observation, **info, "action": zeros, "reward": np.zeros(env.num_envs, np.float32)}
+
+    def step(self, action: np.ndarray) -> tuple[int, list[Episode]]:
+        """Take one action (N,) or (N, A) everywhere; `row` is the new replay step.
+
+        Returns how many environments acted (the others began a new episode and ignored their action), and the
+        episodes that ended.
+        """
+        start = time.perf_counter()
+        observation, reward, _, _, info = self.env.step(action)
+        self.seconds += time.perf_counter() - start
+        action = action.astype(self.row["action"].dtype)
+        if self._actions is not None:
+            self._actions.append(action)
+            if self.seconds > self.budget:
+                self._actions = None
+        first, last = info["is_first"], info["is_last"]
+        led_here = np.where(first.reshape(-1, *[1] * (action.ndim - 1)), 0, action).astype(action.dtype)
+        self.row = {**observation, "action": led_here, "reward": reward}
+        self.row |= {name: info[name] for name in ("is_first", "is_last", "is_terminal")}
+        self._returns[first], self._lengths[first] = 0.0, 0
+        self._returns += reward
+        self._lengths += ~first
+        finished = [Episode(float(self._returns[i]), int(self._lengths[i])) for i in np.flatnonzero(last)]
+        return int((~first).sum()), finished
+
+    @property
+    def actions(self) -> np.ndarray | None:
+        """Every action since the environments were made, (steps, N, ...), or None when there are too many."""
+        if self._actions is None:
+            return None
+        dtype = self.row["action"].dtype
+        return np.stack(self._actions) if self._actions else np.zeros((0, *self.row["action"].shape), dtype)
+
+    def replay_actions(self, actions: np.ndarray) -> None:
+        """Bring fresh environments to where the recorded actions had led them."""
+        for action in actions:
+            self.step(action.astype(np.int64) if self.discrete else action)

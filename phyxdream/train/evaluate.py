@@ -1,0 +1,59 @@
+"""Evaluation: episodes of the greedy policy in fresh environments, without touching the training run's state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from phyxdream.agents import DreamerAgent
+from phyxdream.train.driver import Driver, make_env
+
+
+@dataclass
+class Evaluation:
+    """Returns and lengths (in actions), one per episode."""
+
+    returns: list[float]
+    lengths: list[int]
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.returns))
+
+    @property
+    def std(self) -> float:
+        return float(np.std(self.returns))
+
+
+def evaluate(
+    agent: DreamerAgent, episodes: int, seed: int, progress: Callable[[int], None] | None = None, explore: bool = False
+) -> Evaluation:
+    """Run `episodes` episodes; `explore` samples actions instead of taking the most likely one.
+
+    Every environment contributes the same number of episodes (the first of them one more), so short episodes are not
+    over-represented. `progress` is called with the number of episodes done.
+    """
+    num_envs = min(agent.config.num_envs, episodes)
+    quota = np.full(num_envs, episodes // num_envs) + (np.arange(num_envs) < episodes % num_envs)
+    generator = torch.Generator(agent.device).manual_seed(seed)
+    env = make_env(agent.config, num_envs=num_envs, seed=seed)
+    try:
+        driver, carry = Driver(env), None
+        results: list[list] = [[] for _ in range(num_envs)]
+        done = 0
+        while done < episodes:
+            action, carry = agent.act(driver.row, driver.row["is_first"], carry, explore, generator)
+            _, finished = driver.step(action)
+            for i, episode in zip(np.flatnonzero(driver.row["is_last"]), finished, strict=True):
+                if len(results[i]) < quota[i]:
+                    results[i].append(episode)
+                    done += 1
+            if finished and progress:
+                progress(done)
+    finally:
+        env.close()
+    flat = [episode for column in results for episode in column]
+    return Evaluation([e.episode_return for e in flat], [e.length for e in flat])

@@ -1,0 +1,324 @@
+"""The training loop: act, store, learn; log, checkpoint, evaluate, report; stop and resume without losing a step."""
+
+from __future__ import annotations
+
+import datetime
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from phyxdream.agents import DreamerAgent, DreamerConfig
+from phyxdream.agents.dreamer import Carry
+from phyxdream.errors import CheckpointError
+from phyxdream.nn.rssm import State
+from phyxdream.replay import Replay
+from phyxdream.train import checkpoint
+from phyxdream.train.driver import Driver, Episode, make_env
+from phyxdream.train.evaluate import Evaluation, evaluate
+from phyxdream.train.metrics import Metrics
+from phyxdream.train.progress import Progress
+from phyxdream.train.report import write_report
+from phyxdream.train.run import Run
+from phyxdream.train.video import open_loop_video
+
+EVAL_SEED_OFFSET = 1_000_000
+
+
+@dataclass
+class TrainResult:
+    """What `train` leaves behind. `evaluation` and `report` are None when the run was interrupted."""
+
+    run: Run
+    steps: int
+    evaluation: Evaluation | None = None
+    report: Path | None = None
+    signal: int | None = None
+
+
+@dataclass
+class Window:
+    """Sums since the last row of metrics. Part of the checkpoint, so that a resumed run logs the same rows."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    updates: int = 0
+    returns: list[float] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+
+    def add_update(self, metrics: dict[str, Tensor]) -> None:
+        values = torch.stack(list(metrics.values())).tolist()  # one transfer for all
+        for name, value in zip(metrics, values, strict=True):
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.updates += 1
+
+    def add_episodes(self, episodes: list[Episode]) -> None:
+        self.returns += [e.episode_return for e in episodes]
+        self.lengths += [e.length for e in episodes]
+
+    def means(self) -> dict[str, float]:
+        values = {name: total / self.updates for name, total in self.sums.items()}
+        if self.returns:
+            values |= {"episode/return": float(np.mean(self.returns)), "episode/length": float(np.mean(self.lengths)),
+                       "episode/count": len(self.returns)}  # fmt: skip
+        return values
+
+
+@dataclass
+class Counters:
+    """Where a run is: environment steps, actions taken, gradient updates, episodes, and the next steps to log and
+    evaluate at."""
+
+    steps: int = 0
+    actions: int = 0
+    updates: int = 0
+    episodes: int = 0
+    next_log: int = 0
+    next_eval: int = 0
+    restarts: int = 0
+
+
+class Session:
+    """One run in progress: everything that a checkpoint holds, and how to write and read it."""
+
+    def __init__(self, agent: DreamerAgent):
+        c = self.config = agent.config
+        self.agent = agent
+        self.run: Run | None = None
+        self.counters = Counters(next_log=c.log_every, next_eval=c.eval_every)
+        self.window = Window()
+        self.carry: Carry | None = None
+        self.replay = Replay(agent.replay_spec, c.replay_capacity, c.num_envs, seed=c.seed)
+        self.driver = Driver(make_env(c), budget=c.resume_replay_seconds)
+
+    def close(self) -> None:
+        self.driver.env.close()
+
+    def save(self) -> Path:
+        """Write a checkpoint of this very moment; `CheckpointError` leaves the last one untouched."""
+        tensors = self.agent.tensors()
+        tensors["acting"] = _pack_carry(self.carry)
+        actions = self.driver.actions
+        if actions is not None:
+            tensors["acting"]["env_actions"] = torch.from_numpy(_narrow(actions))
+        state = {"counters": asdict(self.counters), "window": asdict(self.window), "env_seconds": self.driver.seconds}
+        return checkpoint.save(self.run, self.counters.steps, tensors, state, self.replay)
+
+    def restore(self, path: Path) -> str:
+        """Go on from a checkpoint; returns a sentence on how the environments were brought back."""
+        found = checkpoint.load(path)
+        replay = Replay.load(found.replay_path)
+        if replay.spec != self.replay.spec or replay.num_envs != self.replay.num_envs:
+            raise CheckpointError(
+                f"{path}: its replay holds {replay.num_envs} environments of {replay.spec}, this configuration asks "
+                f"for {self.replay.num_envs} of {self.replay.spec}"
+            )
+        acting = dict(found.tensors["acting"])
+        actions = acting.pop("env_actions", None)
+        self.agent.load_tensors(found.tensors)
+        self.replay = replay
+        self.counters, self.window = Counters(**found.state["counters"]), Window(**found.state["window"])
+        self.carry = _unpack_carry(acting, self.agent.device)
+        seconds = found.state["env_seconds"]
+        if actions is not None and seconds <= self.config.resume_replay_seconds:
+            if self.counters.restarts:
+                self._restart_envs()
+            self.driver.replay_actions(actions.numpy())
+            return f"environments brought back exactly by replaying {len(actions)} steps"
+        # New episodes under a new seed. The recurrent state is reset by is_first.
+        self.counters.restarts += 1
+        self._restart_envs()
+        self.replay.add(self.driver.row)
+        return f"environments start new episodes (replaying {seconds:.0f} s of steps exceeds resume_replay_seconds)"
+
+    def _restart_envs(self) -> None:
+        self.driver.env.close()
+        seed = self.config.seed + 10_007 * self.counters.restarts
+        self.driver = Driver(make_env(self.config, seed=seed), budget=self.config.resume_replay_seconds)
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """One action everywhere, and the updates that the train ratio then allows."""
+        c, n = self.config, self.counters
+        if not len(self.replay):
+            self.replay.add(self.driver.row)
+        action, self.carry = self.agent.act(self.driver.row, self.driver.row["is_first"], self.carry)
+        acted, finished = self.driver.step(action)
+        self.replay.add(self.driver.row)
+        n.actions += acted
+        n.steps += acted * c.action_repeat
+        n.episodes += len(finished)
+        self.window.add_episodes(finished)
+        while n.updates < self.updates_due() and self.replay.num_sequences(c.batch_length):
+            batch = self.replay.sample(c.batch_size, c.batch_length)
+            metrics = self.agent.update(batch)
+            if not torch.isfinite(metrics["loss/total"]):
+                raise FloatingPointError(
+                    f"the loss became {float(metrics['loss/total'])} at update {n.updates}: "
+                    + ", ".join(f"{k} {float(v):.3g}" for k, v in metrics.items() if k.startswith("loss/"))
+                )
+            self.window.add_update(metrics)
+            n.updates += 1
+
+    def updates_due(self) -> int:
+        c = self.config
+        return int(max(0, self.counters.actions - c.prefill) * c.train_ratio / (c.batch_size * c.batch_length))
+
+    def log(self, metrics: Metrics) -> None:
+        """One row: means over the window."""
+        n = self.counters
+        values = self.window.means()
+        metrics.log(n.steps, values, updates=n.updates, episodes=n.episodes)
+        n.next_log += self.config.log_every * max(1, (n.steps - n.next_log) // self.config.log_every + 1)
+        self.window = Window()
+
+    def evaluate(self, elapsed: float) -> Evaluation:
+        """Evaluate now and note the result in the run."""
+        c = self.config
+        seed = c.seed + EVAL_SEED_OFFSET
+        result = evaluate(self.agent, c.eval_episodes, seed)
+        self.run.add_evaluation({"step": self.counters.steps, "returns": result.returns, "lengths": result.lengths,
+                                 "time": elapsed, "seed": seed})  # fmt: skip
+        return result
+
+
+def train(agent: DreamerAgent, resume: bool = False, quiet: bool = False) -> TrainResult:
+    """Train `agent` to `config.total_steps` in its run directory.
+
+    Ctrl-C and SIGTERM finish the step at hand, write a checkpoint and return; a second Ctrl-C raises at once.
+
+    Raises:
+        ConfigError: the run directory cannot be used; CheckpointError: nothing to resume from, or a checkpoint could
+        not be read or written; EnvError: an environment broke its contract. The last checkpoint stays valid.
+    """
+    c = agent.config
+    session = Session(agent)  # first of all: an environment that cannot be made leaves no run directory behind
+    try:
+        run = session.run = Run.create(c.logdir or default_logdir(c), c.to_dict(), resume=resume)
+        with Metrics(run) as metrics, _signals() as received:
+            newest = checkpoint.latest(run) if resume else None
+            note = ""
+            if newest is not None:
+                note = session.restore(newest)
+            elif resume:
+                note = "no checkpoint was written yet: starting from the beginning"
+            if resume:
+                metrics.truncate_after(session.counters.steps)
+                run.drop_evaluations_after(session.counters.steps)
+            title = f"train {c.preset} on {c.env_id}"
+            with Progress(c.total_steps, step=session.counters.steps, elapsed=metrics.elapsed, title=title,
+                          mode="silent" if quiet else "auto") as progress:  # fmt: skip
+                progress.print(f"run directory: {run.path}")
+                if note:
+                    progress.print(f"resumed at step {session.counters.steps}: {note}")
+                _loop(session, metrics, progress, received)
+                if received:
+                    path = session.save()
+                    name = signal.Signals(received[0]).name
+                    progress.print(f"stopped by {name} at step {session.counters.steps}; saved {path}")
+                    progress.print(f"continue with: phyxdream train --resume --logdir {run.path}")
+                    return TrainResult(run, session.counters.steps, signal=received[0])
+                if session.window.updates or session.window.returns:
+                    session.log(metrics)
+                session.save()
+                result = session.evaluate(metrics.elapsed)
+                report = write_report(run, video=open_loop_video(agent, session.replay))
+            return TrainResult(run, session.counters.steps, result, report)
+    finally:
+        session.close()
+
+
+def _loop(session: Session, metrics: Metrics, progress: Progress, received: list[int]) -> None:
+    c, n = session.config, session.counters
+    saved = time.monotonic()
+    while n.steps < c.total_steps and not received:
+        session.step()
+        if session.window.returns:
+            progress.update(n.steps, updates=n.updates, return_=float(np.mean(session.window.returns[-100:])))
+        elif session.window.updates:
+            loss = session.window.sums["loss/total"] / session.window.updates
+            progress.update(n.steps, updates=n.updates, loss=loss)
+        else:
+            progress.update(n.steps, updates=n.updates)
+        if n.steps >= n.next_log:
+            session.log(metrics)
+        if c.eval_every and n.steps >= n.next_eval:
+            result = session.evaluate(metrics.elapsed)
+            progress.print(f"step {n.steps}: evaluation return {result.mean:.3f} ± {result.std:.3f} "
+                           f"over {len(result.returns)} episodes")  # fmt: skip
+            n.next_eval += c.eval_every
+        if time.monotonic() - saved >= c.checkpoint_every:
+            session.save()
+            saved = time.monotonic()
+
+
+def load_agent(run: Run) -> tuple[DreamerAgent, checkpoint.Checkpoint]:
+    """The agent of a run as its newest checkpoint has it; the run may still be training."""
+    agent = DreamerAgent(DreamerConfig.from_dict(run.config))
+    for last_try in (False, True):
+        newest = checkpoint.latest(run)
+        if newest is None:
+            raise CheckpointError(f"{run.path}: no checkpoint was written yet")
+        try:
+            found = checkpoint.load(newest)
+            break
+        except CheckpointError:
+            if last_try or newest.exists():
+                raise  # damaged; otherwise training has just replaced it
+    agent.load_tensors(found.tensors, weights_only=True)
+    return agent, found
+
+
+def default_logdir(config: DreamerConfig) -> str:
+    """runs/<preset>-<env>-<date and time>"""
+    name = config.env_id.split(":", 1)[1].replace("/", "-")
+    return f"runs/{config.preset}-{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of dying from them; a second SIGINT interrupts as usual."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _narrow(actions: np.ndarray) -> np.ndarray:
+    """Discrete actions in one byte each where they fit."""
+    return actions.astype(np.uint8) if actions.dtype == np.int32 and actions.max(initial=0) < 256 else actions
+
+
+def _pack_carry(carry: Carry | None) -> dict[str, Tensor]:
+    if carry is None:
+        return {}
+    state = {f"state/{k}": v for k, v in vars(carry.state).items() if v is not None}
+    return {**state, "action": carry.action}
+
+
+def _unpack_carry(tensors: dict[str, Tensor], device: torch.device) -> Carry | None:
+    if not tensors:
+        return None
+    tensors = {k: v.to(device) for k, v in tensors.items()}
+    state = {k.removeprefix("state/"): v for k, v in tensors.items() if k.startswith("state/")}
+    return Carry(State(**state), tensors["action"])

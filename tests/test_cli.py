@@ -1,0 +1,97 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from phyxdream.cli import main
+
+TINY = ["--env", "gym:CartPole-v1", "--num-envs", "2", "--size", "1m", "--deter-size", "16", "--hidden-size", "8",
+        "--units", "8", "--stoch-size", "4", "--classes", "4", "--batch-size", "4", "--batch-length", "8",
+        "--prefill", "64", "--total-steps", "120", "--train-ratio", "8", "--imagine-horizon", "3",
+        "--eval-episodes", "2", "--log-every", "50", "--quiet"]  # fmt: skip
+
+
+def test_train_eval_report(tmp_path, capsys):
+    logdir = str(tmp_path / "run")
+    assert main(["train", "dreamer_v3", *TINY, "--logdir", logdir]) == 0
+    output = capsys.readouterr().out
+    assert "evaluation return:" in output and f"report: {logdir}/report.html" in output
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["deter_size"] == 16
+    assert main(["eval", logdir, "--episodes", "3"]) == 0
+    assert "over 3 episodes" in capsys.readouterr().out
+    assert main(["report", logdir]) == 0
+    assert (tmp_path / "run" / "report.html").exists()
+    assert main(["train", "--resume", "--logdir", logdir, "--total-steps", "150", "--quiet"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "dreamer_v4"], ["dreamer_v4", "did you mean", "dreamer_v3"]),
+        (["train", *TINY, "--env", "gym:CartPol-v1"], ["CartPol-v1", "CartPole-v1"]),
+        (["train", *TINY, "--td-lambda", "1.5"], ["td_lambda", "[0, 1]", "1.5"]),
+        (["train", *TINY, "--batch-size", "0"], ["batch_size", "0"]),
+        (["train", *TINY, "--device", "cuda:99"], ["device"]),
+        (["train", *TINY, "--deter-size", "17"], ["deter_size", "blocks"]),
+        (["train", "--resume", "--logdir", "nowhere"], ["nowhere"]),
+        (["eval", "nowhere"], ["nowhere"]),
+        (["report", "nowhere"], ["nowhere"]),
+    ],
+)
+def test_bad_input_is_one_sentence_and_nothing_is_written(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    for word in words:
+        assert word in captured.err
+    assert len(captured.err.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [(["trian"], "train"), (["train", "--lerning-rate", "1"], "--learning-rate"), ([], "usage"),
+     (["train", "--cell", "lstm"], "block_gru")],
+)  # fmt: skip
+def test_wrong_usage_exits_with_2_and_the_nearest_name(arguments, word, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(arguments)
+    except SystemExit as stopped:
+        code = stopped.code
+    captured = capsys.readouterr()
+    assert code == 2
+    assert word in captured.err + captured.out
+
+
+def test_a_foreign_directory_is_not_a_run(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert main(["train", *TINY, "--logdir", str(tmp_path)]) == 1
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path, capsys):
+    logdir = tmp_path / "run"
+    assert main(["train", "dreamer_v3", *TINY, "--logdir", str(logdir)]) == 0
+    weights = next(logdir.glob("checkpoints/*/model.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    capsys.readouterr()
+    for arguments in (["eval", str(logdir)], ["train", "--resume", "--logdir", str(logdir), "--quiet"]):
+        assert main(arguments) == 1
+        assert "model.safetensors" in capsys.readouterr().err
+
+
+def test_info_names_backends_and_reasons(capsys):
+    assert main(["info"]) == 0
+    output = capsys.readouterr().out
+    for word in ("phyxdream", "torch", "reference", "cpu", "triton", "gym"):
+        assert word in output
+
+
+def test_console_script_help():
+    done = subprocess.run([sys.executable, "-c", "from phyxdream.cli import entry; entry()", "--help"],
+                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert done.returncode == 0
+    assert "phyxdream" in done.stdout and "train" in done.stdout
