@@ -9,22 +9,43 @@ from torch import Tensor
 from phyxdream.agents import DreamerAgent
 from phyxdream.replay import Replay
 
-CONTEXT, LENGTH, SEQUENCES, SEED = 5, 50, 6, 0
+CONTEXT, LENGTH, SEQUENCES, CANDIDATES, SEED = 5, 50, 6, 64, 0
 
 
 def open_loop_video(agent: DreamerAgent, replay: Replay) -> dict | None:
     """Arguments for the report's video panel: `truth` and `model` as uint8 (T, B, H, W, C), and the `context` length
-    after which the model sees nothing but actions. None when there are no pictures, or too few steps to show."""
+    after which the model sees nothing but actions. None when there are no pictures, or too few steps to show.
+
+    Every sequence stays inside one episode: what the next one will look like cannot be told from actions.
+    """
     pictures = [name for name, shape in agent.shapes.items() if len(shape) == 3]
-    length = min(LENGTH, min(len(replay) // replay.num_envs, LENGTH))
-    if not pictures or length <= CONTEXT or not replay.num_sequences(length):
+    length = min(LENGTH, len(replay) // replay.num_envs)
+    if not pictures or length < 2:
         return None
-    batch = {k: v.to(agent.device) for k, v in replay.sample(SEQUENCES, length).items()}
+    batch = replay.sample(CANDIDATES, length)
+    start, stop = _longest_episodes(batch["is_first"])
+    chosen = torch.argsort(stop - start, descending=True, stable=True)[:SEQUENCES]
+    length = int((stop - start)[chosen].min())
+    if length < 2:
+        return None
+    rows = start[chosen] + torch.arange(length)[:, None]  # (T, B)
+    batch = {name: value[rows, chosen].to(agent.device) for name, value in batch.items()}
     batch["action"] = agent.encode_action(batch["action"])
     generator = torch.Generator(agent.device).manual_seed(SEED)
-    model = agent.model.world_model.open_loop(batch, CONTEXT, generator)
+    context = min(CONTEXT, length // 2)
+    model = agent.model.world_model.open_loop(batch, context, generator)
     name = pictures[0]
-    return {"truth": _frames(batch[name]), "model": _frames(model[name]), "context": CONTEXT}
+    return {"truth": _frames(batch[name]), "model": _frames(model[name]), "context": context}
+
+
+def _longest_episodes(is_first: Tensor) -> tuple[Tensor, Tensor]:
+    """First row and end of the longest stretch without a reset inside, for each column of is_first (T, B)."""
+    spans = []
+    for column in is_first.T:
+        cuts = [0, *(torch.nonzero(column[1:]).flatten() + 1).tolist(), len(column)]
+        spans.append(max(zip(cuts, cuts[1:], strict=False), key=lambda span: span[1] - span[0]))
+    start, stop = torch.tensor(spans).T
+    return start, stop
 
 
 def _frames(image: Tensor) -> np.ndarray:

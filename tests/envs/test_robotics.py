@@ -1,0 +1,52 @@
+import importlib.metadata
+
+import gymnasium
+import numpy as np
+import pytest
+
+from phyxdream import envs
+from phyxdream.errors import EnvError, MissingDependency
+
+pytest.importorskip("gymnasium_robotics")
+HAND = "robotics:HandManipulateBlockRotateZDense-v1"
+
+
+def test_shadow_hand_state():
+    env = envs.make(HAND, num_envs=1)
+    observation, _ = env.reset()
+    assert {k: v.shape[1:] for k, v in observation.items()} == {
+        "achieved_goal": (7,),
+        "desired_goal": (7,),
+        "observation": (61,),
+    }
+    assert env.single_action_space.shape == (20,)
+    env.step(env.action_space.sample())
+    env.close()
+
+
+def test_picture_beside_the_state(gl):
+    env = envs.make(HAND, num_envs=1, pixels=True)
+    observation, _ = env.reset()
+    assert observation["image"].shape == (1, 3, 64, 64) and observation["observation"].shape == (1, 61)
+    assert np.ptp(observation["image"]) > 50
+    env.close()
+    with pytest.raises(EnvError, match="camera is 3"):
+        envs.make(HAND, num_envs=1, pixels=True, camera=3)
+
+
+def test_unknown_id():
+    with pytest.raises(EnvError, match="did you mean 'HandManipulateBlockRotateZDense-v1'"):
+        envs.make("robotics:HandManipulateBlockRotateZDens-v1")
+
+
+def test_a_mujoco_that_does_not_fit_is_named_with_versions_that_do(monkeypatch):
+    def make(*args, **kwargs):
+        raise AssertionError
+
+    versions = {"gymnasium-robotics": "1.4.2", "mujoco": "3.12.0"}
+    monkeypatch.setattr(gymnasium, "make", make)
+    monkeypatch.setattr(importlib.metadata, "version", versions.__getitem__)
+    with pytest.raises(
+        MissingDependency, match=r"gymnasium-robotics 1\.4\.2 does not work with mujoco 3\.12\.0.*<3\.12"
+    ):
+        envs.make(HAND, num_envs=1)
