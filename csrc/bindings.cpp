@@ -1,0 +1,8 @@
+#include "bindings.h"
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Compiled parts of phyxdream. Works on raw memory; knows nothing of torch.";
+  phyx::bind_lambda_return(module);
+  phyx::bind_rms_norm_silu(module);
+  phyx::bind_replay(module);
+}

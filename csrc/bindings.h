@@ -1,0 +1,9 @@
+// Every op or component adds its functions to the module here; bindings.cpp calls them all.
+#pragma once
+#include <pybind11/pybind11.h>
+
+namespace phyx {
+void bind_lambda_return(pybind11::module_& module);
+void bind_rms_norm_silu(pybind11::module_& module);
+void bind_replay(pybind11::module_& module);
+}  // namespace phyx

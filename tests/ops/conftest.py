@@ -1,0 +1,77 @@
+"""Checks of Triton kernels that need no GPU: compiling them ahead of time, and running them in the interpreter."""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+# Shared memory a block may use, by compute capability (CUDA C++ Programming Guide, table of technical specifications).
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes of a GPU."""
+
+    arch: int
+    shared: int  # bytes a block
+    registers: int  # a thread
+    stack: int  # bytes a thread; more than 0 means that registers were spilled
+
+    def assert_fits(self) -> None:
+        assert self.shared <= SHARED_MEMORY[self.arch], self
+        assert self.stack == 0, self
+
+
+@pytest.fixture(params=sorted(SHARED_MEMORY), ids="sm_{}".format)
+def compile_ahead(request, tmp_path):
+    """`compile_ahead(kernel, types, num_warps) -> Resources`, once for every architecture.
+
+    `types` maps every argument of the kernel to a Triton type ("*bf16", "i32", "fp32"); anything else is a constexpr of
+    that value, None included.
+    """
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    def compile_kernel(kernel, types, num_warps):
+        constants = {name: value for name, value in types.items() if not isinstance(value, str)}
+        signature = {name: "constexpr" if name in constants else value for name, value in types.items()}
+        attributes = {
+            (i,): [["tt.divisibility", 16]]  # what torch's allocator guarantees
+            for i, value in enumerate(types.values())
+            if str(value).startswith("*")
+        }
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+        target = GPUTarget("cuda", request.param, 32)
+        compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
+        cubin = tmp_path / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        report = subprocess.run([cuobjdump, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", report).groups())
+        return Resources(request.param, compiled.metadata.shared, registers, stack)
+
+    return compile_kernel
+
+
+@pytest.fixture
+def run_interpreted(request, tmp_path):
+    """`run_interpreted(function)`: a function of the test module, run where Triton's interpreter takes CPU tensors.
+
+    The interpreter is chosen when Triton is imported, so the function runs in a Python process of its own.
+    """
+    pytest.importorskip("triton")
+
+    def run(function):
+        script = tmp_path / "interpreted.py"  # a file, since -c would put the current folder on the import path
+        script.write_text(f"import runpy; runpy.run_path({str(request.path)!r})[{function.__name__!r}]()")
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    return run
