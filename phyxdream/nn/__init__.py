@@ -1,0 +1,23 @@
+"""Modules built on the ops: the RSSM, encoders and decoders, heads and distributions."""
+
+from phyxdream.nn.distributions import (
+    Bernoulli,
+    Normal,
+    OneHotCategorical,
+    SquaredError,
+    TanhNormal,
+    TwoHotSymlog,
+    balanced_kl,
+    kl_divergence,
+    symexp_bins,
+)
+from phyxdream.nn.heads import Actor, BernoulliHead, NormalHead, TwoHotHead
+from phyxdream.nn.layers import MLP, BlockLinear, Dense, symexp, symlog
+from phyxdream.nn.rssm import RSSM, State, Trajectory
+from phyxdream.nn.vision import Decoder, Encoder, ImageDecoder, ImageEncoder
+
+__all__ = [
+    "MLP", "RSSM", "Actor", "Bernoulli", "BernoulliHead", "BlockLinear", "Decoder", "Dense", "Encoder", "ImageDecoder",
+    "ImageEncoder", "Normal", "NormalHead", "OneHotCategorical", "SquaredError", "State", "TanhNormal", "Trajectory",
+    "TwoHotHead", "TwoHotSymlog", "balanced_kl", "kl_divergence", "symexp", "symexp_bins", "symlog",
+]  # fmt: skip

@@ -1,0 +1,214 @@
+"""The distributions of the family, and the divergences between latent states.
+
+Each has `mode` and `log_prob`, those of actors also `sample(generator)` and `entropy`, those of heads `loss(target)`.
+The last axis (classes, bins or action dimensions) is the event; everything before it is batch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from phyxdream.nn.layers import symexp, symlog
+from phyxdream.nn.rssm import State
+
+LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
+
+
+class TwoHotSymlog:
+    """A scalar as a categorical over bins that are evenly spaced in symlog space (DreamerV3).
+
+    Args:
+        logits: (..., bins).
+        bins: (bins,) positions in the scalar's own space, ascending and symmetric around 0 (`symexp_bins`).
+    """
+
+    def __init__(self, logits: Tensor, bins: Tensor):
+        self.logp, self.bins = torch.log_softmax(logits, -1), bins
+
+    @property
+    def mode(self) -> Tensor:
+        """(...): the expectation. Summed pairwise from the centre, so that equal bins on both sides cancel exactly."""
+        probs = self.logp.exp()
+        half = self.bins.shape[0] // 2
+        low, high = (probs * self.bins)[..., :half], (probs * self.bins)[..., half + self.bins.shape[0] % 2 :]
+        return (low.flip(-1) + high).sum(-1)
+
+    mean = mode
+
+    def log_prob(self, target: Tensor) -> Tensor:
+        """(...): log-likelihood of the target split over its two neighbouring bins; no gradient to the target."""
+        target = target.detach().to(self.bins.dtype)
+        above = torch.searchsorted(self.bins, target.contiguous()).clamp(1, self.bins.shape[0] - 1)
+        below = above - 1
+        low, high = self.bins[below], self.bins[above]
+        weight = ((target - low) / (high - low)).clamp(0, 1)
+        pick = torch.gather(self.logp, -1, torch.stack([below, above], -1))
+        return pick[..., 0] * (1 - weight) + pick[..., 1] * weight
+
+    def loss(self, target: Tensor) -> Tensor:
+        """(...): cross-entropy against the two-hot target."""
+        return -self.log_prob(target)
+
+
+def symexp_bins(count: int = 255, limit: float = 20.0) -> Tensor:
+    """(count,) bins symexp(linspace(−limit, limit)), exactly symmetric."""
+    low = symexp(torch.linspace(-limit, 0, count // 2 + 1, dtype=torch.float64))[: (count + 1) // 2]
+    return torch.cat([low, -low[: count // 2].flip(0)]).float()
+
+
+class Bernoulli:
+    """A yes/no event from a logit (...,), the continuation head's distribution."""
+
+    def __init__(self, logit: Tensor):
+        self.logit = logit
+
+    @property
+    def mean(self) -> Tensor:
+        return torch.sigmoid(self.logit)
+
+    @property
+    def mode(self) -> Tensor:
+        return (self.logit > 0).to(self.logit.dtype)
+
+    def log_prob(self, target: Tensor) -> Tensor:
+        return -self.loss(target)
+
+    def loss(self, target: Tensor) -> Tensor:
+        """(...): cross-entropy; the target may be any probability in [0, 1]."""
+        return F.binary_cross_entropy_with_logits(self.logit, target.to(self.logit.dtype), reduction="none")
+
+
+class Normal:
+    """Independent normals over the last axis, unclipped: the bounded-normal actor and Gaussian heads."""
+
+    def __init__(self, mean: Tensor, std: Tensor):
+        self.mean, self.std = mean, std
+
+    @property
+    def mode(self) -> Tensor:
+        return self.mean
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
+        return self.mean + self.std * noise
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return (-0.5 * ((x - self.mean) / self.std).square() - self.std.log() - LOG_SQRT_2PI).sum(-1)
+
+    def entropy(self) -> Tensor:
+        return (self.std.log() + 0.5 + LOG_SQRT_2PI).sum(-1)
+
+    def loss(self, target: Tensor) -> Tensor:
+        return -self.log_prob(target)
+
+
+class TanhNormal:
+    """tanh of independent normals over the last axis (DreamerV1's actor); entropy is estimated from one sample."""
+
+    def __init__(self, mean: Tensor, std: Tensor):
+        self.base = Normal(mean, std)
+
+    @property
+    def mode(self) -> Tensor:
+        return torch.tanh(self.base.mean)
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        return torch.tanh(self.base.sample(generator))
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        # A saturated float32 action would have infinite density; stay one rounding step inside.
+        limit = 1 - torch.finfo(x.dtype).eps
+        raw = torch.atanh(x.clamp(-limit, limit))
+        return self.base.log_prob(raw) - self._log_slope(raw).sum(-1)
+
+    def entropy(self, generator: torch.Generator | None = None) -> Tensor:
+        return self.base.entropy() + self._log_slope(self.base.sample(generator)).sum(-1)
+
+    @staticmethod
+    def _log_slope(raw: Tensor) -> Tensor:
+        return 2 * (math.log(2) - raw - F.softplus(-2 * raw))
+
+
+class OneHotCategorical:
+    """A discrete actor: one-hot actions (..., A) with `unimix` of the uniform distribution mixed in (DreamerV3)."""
+
+    def __init__(self, logits: Tensor, unimix: float = 0.0):
+        probs = torch.softmax(logits, -1)
+        self.probs = (1 - unimix) * probs + unimix / logits.shape[-1]
+        self.logp = torch.log(self.probs) if unimix else torch.log_softmax(logits, -1)
+
+    @property
+    def mode(self) -> Tensor:
+        return F.one_hot(self.probs.argmax(-1), self.probs.shape[-1]).to(self.probs.dtype)
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """One-hot sample with the straight-through gradient of the probabilities."""
+        noise = torch.empty_like(self.probs).exponential_(generator=generator)
+        index = (noise / self.probs.detach()).argmin(-1)
+        onehot = F.one_hot(index, self.probs.shape[-1]).to(self.probs.dtype)
+        return onehot + (self.probs - self.probs.detach()) if self.probs.requires_grad else onehot
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return (x * self.logp).sum(-1)
+
+    def entropy(self) -> Tensor:
+        return -(self.probs * self.logp).sum(-1)
+
+
+class SquaredError:
+    """A point prediction (..., *event) scored by the squared error summed over `event_dims` axes.
+
+    With `symlog_space` the prediction is in symlog space, and targets are mapped there before they are compared.
+    """
+
+    def __init__(self, prediction: Tensor, event_dims: int, symlog_space: bool = False):
+        self.prediction, self.event_dims, self.symlog_space = prediction, event_dims, symlog_space
+
+    @property
+    def mode(self) -> Tensor:
+        return symexp(self.prediction) if self.symlog_space else self.prediction
+
+    def loss(self, target: Tensor) -> Tensor:
+        target = symlog(target) if self.symlog_space else target
+        return (self.prediction - target).square().flatten(-self.event_dims).sum(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def kl_divergence(p: State, q: State, unimix: float = 0.0) -> Tensor:
+    """KL(p ‖ q) in nats between latent states, summed over the S variables: (...).
+
+    Categorical states are compared after `unimix`; Gaussian states use mean and std.
+    """
+    if p.logits is not None:
+        p_logits, q_logits = _mixed_log_probs(p.logits, unimix), _mixed_log_probs(q.logits, unimix)
+        return (p_logits.exp() * (p_logits - q_logits)).sum((-2, -1))
+    ratio = (p.std / q.std).square()
+    distance = ((p.mean - q.mean) / q.std).square()
+    return 0.5 * (ratio + distance - 1 - ratio.log()).sum(-1)
+
+
+def _mixed_log_probs(logits: Tensor, unimix: float) -> Tensor:
+    if not unimix:
+        return torch.log_softmax(logits, -1)
+    return torch.log((1 - unimix) * torch.softmax(logits, -1) + unimix / logits.shape[-1])
+
+
+def balanced_kl(post: State, prior: State, free_nats: float = 1.0, unimix: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The two halves of the KL loss with free nats, each (...), in nats.
+
+    dynamics       = max(free, KL(sg(post) ‖ prior))   trains the prior towards the posterior
+    representation = max(free, KL(post ‖ sg(prior)))   keeps the posterior predictable
+
+    DreamerV3 clips every step; V1 and V2 clip the mean, which is `free_nats=0` here and a clamp after the mean.
+    """
+    dynamics = kl_divergence(post.detach(), prior, unimix)
+    representation = kl_divergence(post, prior.detach(), unimix)
+    if free_nats:
+        dynamics, representation = dynamics.clamp(min=free_nats), representation.clamp(min=free_nats)
+    return dynamics, representation

@@ -1,0 +1,85 @@
+"""Heads: small MLPs on the model's feature that end in a distribution."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from phyxdream.errors import ConfigError, suggest
+from phyxdream.nn.distributions import Bernoulli, Normal, OneHotCategorical, TanhNormal, TwoHotSymlog, symexp_bins
+from phyxdream.nn.layers import MLP, linear
+
+
+class TwoHotHead(nn.Module):
+    """A scalar as symlog two-hot over 255 bins: rewards and values of V3. Starts at exactly zero (`scale=0`)."""
+
+    def __init__(self, inputs: int, units: int, layers: int, act: str = "silu", norm: str = "rms", bins: int = 255,
+                 scale: float = 0.0):
+        super().__init__()
+        self.mlp = MLP(inputs, units, layers, act, norm)
+        self.out = linear(self.mlp.out_size, bins, scale=scale)
+        self.register_buffer("bins", symexp_bins(bins), persistent=False)
+
+    def forward(self, feature: Tensor) -> TwoHotSymlog:
+        return TwoHotSymlog(self.out(self.mlp(feature)), self.bins)
+
+
+class BernoulliHead(nn.Module):
+    """A probability: the continuation head."""
+
+    def __init__(self, inputs: int, units: int, layers: int, act: str = "silu", norm: str = "rms"):
+        super().__init__()
+        self.mlp = MLP(inputs, units, layers, act, norm)
+        self.out = linear(self.mlp.out_size, 1)
+
+    def forward(self, feature: Tensor) -> Bernoulli:
+        return Bernoulli(self.out(self.mlp(feature)).squeeze(-1))
+
+
+class NormalHead(nn.Module):
+    """A scalar or vector of unit variance: rewards and values of V1 and V2. (..., inputs) to Normal (..., outputs)."""
+
+    def __init__(self, inputs: int, units: int, layers: int, outputs: int = 1, act: str = "elu", norm: str = "none"):
+        super().__init__()
+        self.mlp = MLP(inputs, units, layers, act, norm)
+        self.out = linear(self.mlp.out_size, outputs)
+
+    def forward(self, feature: Tensor) -> Normal:
+        mean = self.out(self.mlp(feature))
+        return Normal(mean, torch.ones_like(mean))
+
+
+ACTORS = ("categorical", "bounded_normal", "tanh_normal")
+
+
+class Actor(nn.Module):
+    """The policy: features (..., inputs) to a distribution over actions (..., A).
+
+    dist:
+        categorical: one-hot actions with `unimix` of the uniform mixed in.
+        bounded_normal: mean tanh(m), std in [min_std, max_std] (V3).
+        tanh_normal: mean 5·tanh(m/5), std softplus(s + softplus⁻¹(5)) + 1e-4, squashed by tanh (V1).
+    """
+
+    def __init__(self, inputs: int, action_size: int, units: int, layers: int, dist: str, act: str = "silu",
+                 norm: str = "rms", unimix: float = 0.01, min_std: float = 0.1, max_std: float = 1.0):
+        super().__init__()
+        if dist not in ACTORS:
+            raise ConfigError(f"dist: expected one of {list(ACTORS)}, got {dist!r}{suggest(dist, ACTORS)}")
+        self.dist, self.unimix, self.min_std, self.max_std = dist, unimix, min_std, max_std
+        self.mlp = MLP(inputs, units, layers, act, norm)
+        # Near-uniform start: a first policy with opinions explores badly.
+        self.out = linear(self.mlp.out_size, action_size * (1 if dist == "categorical" else 2), scale=0.01)
+
+    def forward(self, feature: Tensor) -> OneHotCategorical | Normal | TanhNormal:
+        out = self.out(self.mlp(feature))
+        if self.dist == "categorical":
+            return OneHotCategorical(out, self.unimix)
+        mean, std = out.chunk(2, -1)
+        if self.dist == "bounded_normal":
+            span = self.max_std - self.min_std
+            return Normal(torch.tanh(mean), span * torch.sigmoid(std + 2) + self.min_std)
+        return TanhNormal(5 * torch.tanh(mean / 5), F.softplus(std + math.log(math.expm1(5))) + 1e-4)

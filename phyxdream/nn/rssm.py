@@ -1,0 +1,443 @@
+"""The recurrent state-space model: deterministic state h (deter), stochastic state z (stoch), prior and posterior.
+
+    h_t      = cell(h_{t-1}, z_{t-1}, a_t)          a_t is the action that led to the observation o_t
+    prior    : z_t ~ p(z | h_t)
+    posterior: z_t ~ q(z | h_t, e_t)                e_t = encoder(o_t)
+
+Sources: PlaNet (Hafner et al. 2019) and DreamerV1 for `gru` with Gaussian latents, DreamerV2 for `layernorm_gru` with
+categorical latents, DreamerV3 (2024 code) for `block_gru`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from phyxdream.errors import ConfigError, suggest
+from phyxdream.nn.layers import MLP, BlockLinear, Dense, linear, norm, norm_act
+
+
+@dataclass
+class State:
+    """A model state, or a sequence of them: every tensor shares the leading axes, (B, ...) or (T, B, ...).
+
+    deter (..., D); stoch (..., S, C) categorical or (..., S) Gaussian; logits (..., S, C) are the raw outputs before
+    unimix, or mean and std (..., S).
+    """
+
+    deter: Tensor
+    stoch: Tensor
+    logits: Tensor | None = None
+    mean: Tensor | None = None
+    std: Tensor | None = None
+
+    @property
+    def feature(self) -> Tensor:
+        """(..., F): deter and flattened stoch, what every head reads."""
+        return torch.cat([self.deter, self.stoch.reshape(*self.deter.shape[:-1], -1)], -1)
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> State:
+        """The state with `f` applied to each tensor."""
+        tensors = {k.name: getattr(self, k.name) for k in fields(self)}
+        return State(**{k: None if v is None else f(v) for k, v in tensors.items()})
+
+    def __getitem__(self, index) -> State:
+        return self.map(lambda x: x[index])
+
+    def detach(self) -> State:
+        """The same values, cut from the graph."""
+        return self.map(torch.Tensor.detach)
+
+    def flatten(self) -> State:
+        """(T, B, ...) to (T·B, ...): every posterior state becomes a start for imagination."""
+        return self.map(lambda x: x.flatten(0, 1))
+
+    @staticmethod
+    def stack(states: list[State]) -> State:
+        """T states (B, ...) become one (T, B, ...)."""
+        columns = {f.name: [getattr(s, f.name) for s in states] for f in fields(State)}
+        return State(**{k: None if v[0] is None else torch.stack(v) for k, v in columns.items()})
+
+    @staticmethod
+    def cat(states: list[State]) -> State:
+        """Join sequences along time."""
+        columns = {f.name: [getattr(s, f.name) for s in states] for f in fields(State)}
+        return State(**{k: None if v[0] is None else torch.cat(v) for k, v in columns.items()})
+
+
+@dataclass
+class Trajectory:
+    """What imagination returns: `state` (H+1, B, ...) with the start first, `action` (H, B, A) between the states."""
+
+    state: State
+    action: Tensor
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cells. `embed_action` is all that does not depend on the recurrent state, so a scan calls it once for all T.
+
+
+class GRU(nn.Module):
+    """x = act(W [z, a]); h' = GRUCell(x, h) (PlaNet, DreamerV1)."""
+
+    def __init__(self, deter: int, stoch: int, action: int, hidden: int, blocks: int, act: str, norm_: str):
+        super().__init__()
+        self.in_stoch, self.in_action = _split_linear(stoch, action, hidden, bias=True)
+        self.norm, self.act = norm_act(norm_, hidden, act)
+        self.gru = nn.GRUCell(hidden, deter)
+
+    def embed_action(self, action: Tensor) -> Tensor:
+        return self.in_action(action)
+
+    def forward(self, deter: Tensor, stoch: Tensor, embedded_action: Tensor) -> Tensor:
+        return self.gru(self.act(self.norm(self.in_stoch(stoch) + embedded_action)), deter)
+
+
+class LayerNormGRU(nn.Module):
+    """x = act(norm(W [z, a])); [r, c, u] = LN(W [x, h]); h' = u·tanh(r·c) + (1−u)·h, u biased by −1 (DreamerV2)."""
+
+    def __init__(self, deter: int, stoch: int, action: int, hidden: int, blocks: int, act: str, norm_: str):
+        super().__init__()
+        self.in_stoch, self.in_action = _split_linear(stoch, action, hidden, bias=norm_ != "layer")
+        self.norm, self.act = norm_act(norm_, hidden, act)
+        self.gates = linear(hidden + deter, 3 * deter, bias=False)
+        self.gates_norm = norm("layer", 3 * deter)
+
+    def embed_action(self, action: Tensor) -> Tensor:
+        return self.in_action(action)
+
+    def forward(self, deter: Tensor, stoch: Tensor, embedded_action: Tensor) -> Tensor:
+        x = self.act(self.norm(self.in_stoch(stoch) + embedded_action))
+        reset, candidate, update = self.gates_norm(self.gates(torch.cat([x, deter], -1))).chunk(3, -1)
+        return _gru_update(deter, reset, candidate, update)
+
+
+class BlockGRU(nn.Module):
+    """Dense blocks on h, z and a; then per block [h_b, x] → hidden → gates, all block-diagonal (current DreamerV3).
+
+    The first block layer is written as a block-diagonal map of h plus a full map of the shared inputs x: the same
+    weights, without repeating x for every block.
+    """
+
+    def __init__(self, deter: int, stoch: int, action: int, hidden: int, blocks: int, act: str, norm_: str):
+        super().__init__()
+        self.blocks = blocks
+        self.in_deter = Dense(deter, hidden, act, norm_)
+        self.in_stoch = Dense(stoch, hidden, act, norm_)
+        self.in_action = Dense(action, hidden, act, norm_)
+        fan_in = deter + blocks * 3 * hidden  # of the one block-diagonal map these two are
+        self.mix_deter = BlockLinear(deter, deter, blocks, bias=False, fan_in=fan_in)
+        self.mix_inputs = linear(3 * hidden, deter, scale=(3 * hidden / fan_in) ** 0.5)
+        self.norm, self.act = norm_act(norm_, deter, act)
+        self.gates = BlockLinear(deter, 3 * deter, blocks)
+
+    def embed_action(self, action: Tensor) -> Tensor:
+        return self.in_action(action / action.detach().abs().clamp(min=1))
+
+    def forward(self, deter: Tensor, stoch: Tensor, embedded_action: Tensor) -> Tensor:
+        inputs = torch.cat([self.in_deter(deter), self.in_stoch(stoch), embedded_action], -1)
+        x = self.act(self.norm(self.mix_deter(deter) + self.mix_inputs(inputs)))
+        # Gates are split inside each block, so the three gates of one block come from the same weights.
+        gates = self.gates(x).unflatten(-1, (self.blocks, 3, -1))  # (..., G, 3, D/G)
+        reset, candidate, update = (gate.flatten(-2) for gate in gates.unbind(-2))
+        return _gru_update(deter, reset, candidate, update)
+
+
+def _split_linear(stoch: int, action: int, hidden: int, bias: bool) -> tuple[nn.Linear, nn.Linear]:
+    """W [z, a] as two maps, so that the action's half can leave the loop; initialised as the one map they are."""
+    total = stoch + action
+    return (
+        linear(stoch, hidden, bias=False, scale=(stoch / total) ** 0.5),
+        linear(action, hidden, bias=bias, scale=(action / total) ** 0.5),
+    )
+
+
+def _gru_update(deter: Tensor, reset: Tensor, candidate: Tensor, update: Tensor) -> Tensor:
+    candidate = torch.tanh(torch.sigmoid(reset) * candidate)
+    return torch.lerp(deter, candidate, torch.sigmoid(update - 1))
+
+
+@dataclass(frozen=True)
+class _CellDefaults:
+    module: type[nn.Module]
+    act: str
+    norm: str
+    prior_layers: int
+
+
+CELLS = {
+    "gru": _CellDefaults(GRU, "elu", "none", 1),
+    "layernorm_gru": _CellDefaults(LayerNormGRU, "silu", "layer", 1),
+    "block_gru": _CellDefaults(BlockGRU, "silu", "rms", 2),
+}
+
+
+class RSSM(nn.Module):
+    """Recurrent state-space model with three cells and two kinds of latents.
+
+    Args:
+        embed_size: size E of the encoder's embedding.
+        action_size: size A of the action (one-hot for discrete actions).
+        deter_size: size D of the deterministic state.
+        stoch_size: number S of stochastic variables.
+        classes: classes C per categorical variable; 0 makes the latents Gaussian.
+        hidden_size: width U of the layers around the state.
+        cell: `gru` (PlaNet, V1), `layernorm_gru` (V2, early V3) or `block_gru` (V3).
+        blocks: block-diagonal blocks of `block_gru`; must divide `deter_size`.
+        unimix: share of the uniform distribution mixed into categorical latents, in [0, 1).
+        initial: `zeros`, or `learned`: h = tanh(w), z = mode of the prior at h (early V3).
+        act, norm, prior_layers: None takes the cell's own (see `CELLS`).
+        min_std: smallest standard deviation of Gaussian latents.
+
+    Raises:
+        ConfigError: for an unknown cell, initial, act or norm, or a size out of range.
+
+    >>> rssm = RSSM(embed_size=8, action_size=2, deter_size=16, stoch_size=4, classes=4, hidden_size=16)
+    >>> post, prior = rssm.observe(torch.zeros(5, 3, 8), torch.zeros(5, 3, 2), torch.zeros(5, 3, dtype=torch.bool))
+    >>> post.feature.shape
+    torch.Size([5, 3, 32])
+    """
+
+    def __init__(
+        self,
+        embed_size: int,
+        action_size: int,
+        deter_size: int = 512,
+        stoch_size: int = 32,
+        classes: int = 32,
+        hidden_size: int = 512,
+        cell: str = "layernorm_gru",
+        blocks: int = 8,
+        unimix: float = 0.01,
+        initial: str = "zeros",
+        act: str | None = None,
+        norm: str | None = None,
+        prior_layers: int | None = None,
+        min_std: float = 0.1,
+    ):
+        super().__init__()
+        if cell not in CELLS:
+            raise ConfigError(f"cell: expected one of {sorted(CELLS)}, got {cell!r}{suggest(cell, CELLS)}")
+        if initial not in ("zeros", "learned"):
+            raise ConfigError(f"initial: expected 'zeros' or 'learned', got {initial!r}")
+        if not 0 <= unimix < 1:
+            raise ConfigError(f"unimix: expected a number in [0, 1), got {unimix}")
+        sizes = dict(embed_size=embed_size, action_size=action_size, deter_size=deter_size, stoch_size=stoch_size,
+                     hidden_size=hidden_size)
+        for name, size in sizes.items():
+            if size < 1:
+                raise ConfigError(f"{name}: expected a positive integer, got {size}")
+        if classes < 0 or classes == 1:
+            raise ConfigError(f"classes: expected 0 (Gaussian latents) or at least 2, got {classes}")
+        self.embed_size, self.action_size, self.deter_size = embed_size, action_size, deter_size
+        self.stoch_size, self.classes, self.unimix, self.min_std = stoch_size, classes, unimix, min_std
+        default = CELLS[cell]
+        act, norm = act or default.act, norm or default.norm
+        flat = stoch_size * (classes or 1)
+        statistics = stoch_size * (classes or 2)
+        self.feature_size = deter_size + flat
+        self.cell = default.module(deter_size, flat, action_size, hidden_size, blocks, act, norm)
+        self.prior = nn.Sequential(
+            MLP(deter_size, hidden_size, prior_layers or default.prior_layers, act, norm),
+            linear(hidden_size, statistics),
+        )
+        self.posterior_in = Dense(deter_size + embed_size, hidden_size, act, norm)
+        self.posterior_out = linear(hidden_size, statistics)
+        self.initial_deter = nn.Parameter(torch.zeros(deter_size)) if initial == "learned" else None
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # One step, and what it is made of.
+
+    def initial(self, batch: int) -> State:
+        """The state (B, ...) before the first observation; its statistics are those of the prior there."""
+        like = self.posterior_out.weight
+        if self.initial_deter is None:
+            stoch = (self.stoch_size, self.classes) if self.classes else (self.stoch_size,)
+            zeros = State(like.new_zeros(batch, self.deter_size), like.new_zeros(batch, *stoch))
+            if self.classes:
+                return replace(zeros, logits=torch.zeros_like(zeros.stoch))
+            return replace(zeros, mean=torch.zeros_like(zeros.stoch), std=torch.ones_like(zeros.stoch))
+        deter = torch.tanh(self.initial_deter).expand(batch, -1)
+        return self._mode(deter, self.prior(deter))
+
+    def draw_noise(self, *leading: int, generator: torch.Generator | None = None) -> Tensor:
+        """Noise for `leading` steps: uniform (..., S, C) for categorical latents, standard normal (..., S) else."""
+        like = self.posterior_out.weight
+        if self.classes:
+            shape = (*leading, self.stoch_size, self.classes)
+            return torch.rand(shape, generator=generator, device=like.device, dtype=like.dtype)
+        return torch.randn((*leading, self.stoch_size), generator=generator, device=like.device, dtype=like.dtype)
+
+    def probs(self, logits: Tensor) -> Tensor:
+        """Class probabilities (..., S, C): (1 − unimix)·softmax(logits) + unimix / C."""
+        p = torch.softmax(logits, -1)
+        return torch.lerp(p, torch.full((), 1 / self.classes, dtype=p.dtype, device=p.device), self.unimix)
+
+    def _race(self, noise: Tensor) -> Tensor:
+        """Uniform noise as exponential arrival times: argmin(time / p) is the Gumbel-max sample, one log cheaper."""
+        return noise.log().neg_().clamp_min_(torch.finfo(noise.dtype).tiny) if self.classes else noise
+
+    def _distribution(self, statistics: Tensor) -> dict[str, Tensor]:
+        """The fields of a `State` that describe its distribution, from raw outputs (..., S·C) or (..., 2S)."""
+        if self.classes:
+            return dict(logits=statistics.unflatten(-1, (self.stoch_size, self.classes)))
+        mean, raw = statistics.chunk(2, -1)
+        return dict(mean=mean, std=F.softplus(raw) + self.min_std)
+
+    def _straight_through(self, p: Tensor, index: Tensor) -> Tensor:
+        onehot = torch.zeros_like(p).scatter_(-1, index, 1.0)
+        return onehot + (p - p.detach()) if p.requires_grad else onehot
+
+    def _sample(self, deter: Tensor, statistics: Tensor, race: Tensor) -> State:
+        """The state at `deter` with z drawn from its distribution, reparameterised by the noise."""
+        distribution = self._distribution(statistics)
+        if self.classes:
+            p = self.probs(distribution["logits"])
+            stoch = self._straight_through(p, (race / p.detach()).argmin(-1, keepdim=True))
+        else:
+            stoch = distribution["mean"] + distribution["std"] * race
+        return State(deter, stoch, **distribution)
+
+    def _mode(self, deter: Tensor, statistics: Tensor) -> State:
+        distribution = self._distribution(statistics)
+        if self.classes:
+            p = self.probs(distribution["logits"])
+            stoch = self._straight_through(p, p.argmax(-1, keepdim=True))
+        else:
+            stoch = distribution["mean"]
+        return State(deter, stoch, **distribution)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Scans.
+
+    def observe(
+        self,
+        embed: Tensor,
+        action: Tensor,
+        is_first: Tensor,
+        state: State | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[State, State]:
+        """Filter a sequence: posterior and prior states for every step.
+
+        Args:
+            embed: (T, B, E) embeddings of the observations.
+            action: (T, B, A); `action[t]` led to observation t.
+            is_first: (T, B) bool; where true the state and the action are reset before the step.
+            state: state (B, ...) before the first step; None is the initial state.
+            noise: what `draw_noise(T, B)` returns; None draws it from `generator`.
+
+        Returns:
+            (post, prior), each a `State` of (T, B, ...). `prior` carries the prior's own statistics and, as its
+            stoch, the posterior sample that the model went on with.
+
+        Raises:
+            ValueError: for a shape that does not fit, TypeError for what is no tensor, naming the argument.
+        """
+        post = self.filter(embed, action, is_first, state, noise, generator)
+        prior = State(post.deter, post.stoch, **self._distribution(self.prior(post.deter)))
+        return post, prior
+
+    def filter(
+        self,
+        embed: Tensor,
+        action: Tensor,
+        is_first: Tensor,
+        state: State | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> State:
+        """`observe` without the priors, which acting does not need: the posterior states (T, B, ...)."""
+        self._check(embed, "embed", (None, None, self.embed_size))
+        T, B = embed.shape[:2]
+        self._check(action, "action", (T, B, self.action_size))
+        self._check(is_first, "is_first", (T, B))
+        if state is not None:
+            self._check_state(state, B)
+        race = self._race(self._noise(noise, T, B, generator))
+        start = self.initial(B)
+        deter, stoch = (start.deter, start.stoch) if state is None else (state.deter, state.stoch)
+        first = is_first.bool().unsqueeze(-1)  # (T, B, 1)
+        first_stoch = first.unsqueeze(-1) if self.classes else first
+        # Hoisted out of the loop: the action's layer, and the embedding's half of the posterior's first layer.
+        actions = self.cell.embed_action(torch.where(first, 0.0, action))
+        layer, norm_, act = self.posterior_in
+        embeds = F.linear(embed, layer.weight[:, self.deter_size :], layer.bias)
+        weight = layer.weight[:, : self.deter_size]
+        states = []
+        for t in range(T):
+            deter = torch.where(first[t], start.deter, deter)
+            stoch = torch.where(first_stoch[t], start.stoch, stoch)
+            deter = self.cell(deter, stoch.flatten(1), actions[t])
+            statistics = self.posterior_out(act(norm_(F.linear(deter, weight) + embeds[t])))
+            states.append(self._sample(deter, statistics, race[t]))
+            stoch = states[-1].stoch
+        return State.stack(states)
+
+    def imagine(
+        self,
+        action: Tensor,
+        state: State,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> State:
+        """Open loop: the prior states (H, B, ...) that follow `state` (B, ...) under `action` (H, B, A)."""
+        self._check_state(state, None)
+        self._check(action, "action", (None, state.deter.shape[0], self.action_size))
+        H, B = action.shape[:2]
+        race = self._race(self._noise(noise, H, B, generator))
+        actions = self.cell.embed_action(action)
+        states = []
+        for t in range(H):
+            deter = self.cell(state.deter, state.stoch.flatten(1), actions[t])
+            state = self._sample(deter, self.prior(deter), race[t])
+            states.append(state)
+        return State.stack(states)
+
+    def imagine_policy(
+        self,
+        policy: Callable[[Tensor], Tensor],
+        state: State,
+        horizon: int,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Trajectory:
+        """Closed loop: `policy` maps features (B, F) to actions (B, A); `horizon` steps from `state` (B, ...)."""
+        if horizon < 1:
+            raise ValueError(f"horizon: expected at least 1 step, got {horizon}")
+        self._check_state(state, None)
+        B = state.deter.shape[0]
+        noise = self._noise(noise, horizon, B, generator)
+        states, actions = [state], []
+        for t in range(horizon):
+            actions.append(policy(states[-1].feature))
+            self._check(actions[-1], "action", (B, self.action_size))
+            deter = self.cell(states[-1].deter, states[-1].stoch.flatten(1), self.cell.embed_action(actions[-1]))
+            states.append(self._sample(deter, self.prior(deter), self._race(noise[t])))
+        return Trajectory(State.stack(states), torch.stack(actions))
+
+    def _noise(self, noise: Tensor | None, T: int, B: int, generator: torch.Generator | None) -> Tensor:
+        if noise is None:
+            return self.draw_noise(T, B, generator=generator)
+        shape = (T, B, self.stoch_size, self.classes) if self.classes else (T, B, self.stoch_size)
+        self._check(noise, "noise", shape)
+        return noise
+
+    def _check_state(self, state: State, B: int | None) -> None:
+        self._check(state.deter, "state.deter", (B, self.deter_size))
+        stoch = (self.stoch_size, self.classes) if self.classes else (self.stoch_size,)
+        self._check(state.stoch, "state.stoch", (state.deter.shape[0], *stoch))
+
+    @staticmethod
+    def _check(tensor: Tensor, name: str, shape: tuple[int | None, ...]) -> None:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        fits = tensor.ndim == len(shape) and all(e in (None, g) for e, g in zip(shape, tensor.shape, strict=True))
+        if not fits:
+            expected = ", ".join("*" if s is None else str(s) for s in shape)
+            raise ValueError(f"{name}: expected shape ({expected}), got {tuple(tensor.shape)}")
