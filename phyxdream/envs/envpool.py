@@ -123,6 +123,8 @@ class EnvPool:
             raise EnvError(f"camera is {camera!r}, but only pictures of MuJoCo tasks (pixels=True) have a camera")
         if rendered:
             defaults |= self._pixel_options(image_size or (64, 64), camera)
+            if not opengl.has_gpu():  # Mesa's software renderer was seen to crash with contexts in several threads
+                defaults["num_threads"] = 1
         self._options = {**defaults, **options, "num_envs": num_envs, "batch_size": num_envs}
         self._over = np.zeros(num_envs, bool)  # ended, and restarts by itself at the next step
         self._cut = np.zeros(num_envs, bool)  # ended by our time limit, and must be restarted

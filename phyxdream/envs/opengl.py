@@ -51,6 +51,11 @@ def preload() -> bool:
     return _load("libGL.so.1") or egl
 
 
+def has_gpu() -> bool:
+    """Whether a GPU's device file is there, so that OpenGL need not be software."""
+    return any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/dri"))
+
+
 @functools.cache
 def rehearse_envpool(id: str, camera: int) -> None:
     """Render one small picture of an envpool task in a child process, for what fails there ends the process.

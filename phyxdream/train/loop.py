@@ -24,6 +24,7 @@ from phyxdream.replay import Replay
 from phyxdream.train import checkpoint
 from phyxdream.train.driver import Driver, Episode, make_env
 from phyxdream.train.evaluate import Evaluation, evaluate
+from phyxdream.train.memory import keep_freed_memory
 from phyxdream.train.metrics import Metrics
 from phyxdream.train.progress import Progress
 from phyxdream.train.report import write_report
@@ -200,6 +201,7 @@ def train(agent: DreamerAgent, resume: bool = False, quiet: bool = False) -> Tra
         not be read or written; EnvError: an environment broke its contract. The last checkpoint stays valid.
     """
     c = agent.config
+    keep_freed_memory()
     session = Session(agent)  # first of all: an environment that cannot be made leaves no run directory behind
     try:
         run = session.run = Run.create(c.logdir or default_logdir(c), c.to_dict(), resume=resume)

@@ -1,0 +1,267 @@
+"""Every knob of an agent and its training run, as one flat dataclass with the literature's names."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+from phyxdream.errors import ConfigError, suggest
+
+
+@dataclass
+class DreamerConfig:
+    """Configuration of a run. The defaults are DreamerV3 (2024 code) at size 12M.
+
+    Fields left at None are filled in by `resolve`: the sizes from `size`, the others as their comment says.
+    """
+
+    # -- Task
+    preset: str = "dreamer_v3"
+    """Preset these values came from (informative)."""
+    env_backend: Literal["envpool", "gym", "dmc", "robotics", "unity_mlagents"] = "envpool"
+    """Where `env` is looked up when it carries no "backend:" prefix."""
+    env: str = "Catch-v0"
+    """Environment id, with or without its backend: "Catch-v0" or "envpool:Catch-v0"."""
+    num_envs: int = 8
+    """Environments stepped together."""
+    action_repeat: int = 1
+    """Environment steps per action; rewards are summed."""
+    time_limit: int | None = None
+    """Environment steps after which an episode is cut off (None: the environment's own limit)."""
+    pixels: bool | None = None
+    """Ask for rendered pictures instead of states (None: what the environment gives)."""
+    image_size: int | None = None
+    """Side in pixels to which pictures are resized or rendered (None: as they are, 64 when rendered)."""
+    camera: int | None = None
+    """Camera id for rendered pictures (None: the environment's own)."""
+
+    # -- Run
+    total_steps: int = 1_000_000
+    """Environment steps, action repeat included."""
+    seed: int = 0
+    device: str = "auto"
+    """"auto" takes a CUDA device when there is one, else the CPU."""
+    logdir: str | None = None
+    """Run directory (None: runs/<preset>-<env>-<date>)."""
+    log_every: int = 1_000
+    """Environment steps between rows of metrics."""
+    eval_every: int = 0
+    """Environment steps between evaluations (0: only at the end)."""
+    eval_episodes: int = 20
+    checkpoint_every: float = 300.0
+    """Seconds between checkpoints."""
+    resume_replay_seconds: float = 120.0
+    """Most seconds spent on re-stepping environments at --resume; beyond it new episodes start instead."""
+
+    # -- Replay
+    replay_capacity: int = 500_000
+    """Steps kept, over all environments."""
+    prefill: int = 1_024
+    """Environment steps before the first update."""
+    batch_size: int = 16
+    batch_length: int = 64
+    train_ratio: float = 32.0
+    """Replayed steps per environment step (after action repeat)."""
+
+    # -- Model
+    size: Literal["1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "12m"
+    """Size preset of DreamerV3; the sizes below override it one by one."""
+    cell: Literal["gru", "layernorm_gru", "block_gru"] = "block_gru"
+    deter_size: int | None = None
+    hidden_size: int | None = None
+    stoch_size: int = 32
+    classes: int | None = None
+    """Classes per categorical latent; 0 for Gaussian latents."""
+    blocks: int = 8
+    """Blocks of the block-diagonal GRU."""
+    unimix: float = 0.01
+    """Share of the uniform distribution mixed into latents and discrete policies."""
+    initial: Literal["zeros", "learned"] = "zeros"
+    embed_size: int | None = None
+    """Width the encoder's output is projected to (None: as it comes)."""
+    depth: int | None = None
+    """Base width of the convolutions."""
+    depth_mults: tuple[int, ...] = (2, 3, 4, 4)
+    """Width of each convolution stage, in units of `depth`."""
+    residual_blocks: int = 0
+    """Residual blocks after each convolution stage."""
+    units: int | None = None
+    """Width of the vector encoder, vector decoder and heads."""
+    encoder_layers: int = 3
+    decoder_layers: int = 3
+    reward_layers: int = 1
+    continue_layers: int = 1
+    actor_layers: int = 3
+    critic_layers: int = 3
+    act: Literal["silu", "elu", "relu", "gelu"] = "silu"
+    norm: Literal["rms", "layer", "none"] = "rms"
+    """`act` and `norm` are those of encoder, decoder and heads; the RSSM has those its cell was published with."""
+
+    # -- World model loss
+    reconstruction_coeff: float = 1.0
+    reward_coeff: float = 1.0
+    continue_coeff: float = 1.0
+    kl_loss_coeff: float = 1.0
+    """Scale of both KL terms."""
+    dynamics_coeff: float = 1.0
+    """Weight of KL(sg(posterior) ‖ prior)."""
+    representation_coeff: float = 0.1
+    """Weight of KL(posterior ‖ sg(prior))."""
+    free_nats: float = 1.0
+
+    # -- Behaviour
+    imagine_horizon: int = 15
+    imagine_last: int | None = None
+    """Imagination starts at the last so many steps of every replayed sequence (None: at all of them)."""
+    discount: float = 1 - 1 / 333
+    td_lambda: float = 0.95
+    entropy_coeff: float = 3e-4
+    actor_dist: Literal["categorical", "bounded_normal", "tanh_normal"] | None = None
+    """None: categorical for discrete actions, bounded_normal for continuous ones."""
+    return_norm_rate: float = 0.01
+    """Rate of the moving 5th and 95th return percentiles that scale advantages."""
+    slow_critic_rate: float = 0.02
+    slow_critic_coeff: float = 1.0
+    """Weight of the critic's regression towards its own moving average."""
+    replay_critic_coeff: float = 0.3
+    """Weight of the critic's loss on replayed trajectories."""
+
+    # -- Optimiser (LaProp after adaptive gradient clipping)
+    learning_rate: float = 4e-5
+    agc: float = 0.3
+    """Largest gradient norm, as a share of each weight's norm."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    adam_eps: float = 1e-20
+    warmup: int = 1_000
+    """Updates over which the learning rate rises linearly."""
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    @property
+    def env_id(self) -> str:
+        """The environment with its backend: "envpool:Catch-v0"."""
+        if ":" in self.env:
+            return self.env
+        return f"{'unity' if self.env_backend == 'unity_mlagents' else self.env_backend}:{self.env}"
+
+    def resolve(self) -> DreamerConfig:
+        """A copy with every None that has a rule filled in, checked; raises `ConfigError` naming what is wrong."""
+        unknown = set(vars(self)) - {f.name for f in fields(self)}
+        for name in sorted(unknown):
+            raise ConfigError(f"unknown option {name!r}{suggest(name, [f.name for f in fields(self)])}")
+        if self.size not in SIZES:
+            raise ConfigError(f"size: expected one of {list(SIZES)}, got {self.size!r}")
+        filled = {name: value for name, value in SIZES[self.size].items() if getattr(self, name) is None}
+        resolved = replace(self, **filled)
+        resolved._check()
+        return resolved
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DreamerConfig:
+        """The inverse of `to_dict`, after a trip through JSON; unknown names raise `ConfigError`."""
+        known = {f.name for f in fields(cls)}
+        for name in values:
+            if name not in known:
+                raise ConfigError(f"unknown option {name!r}{suggest(name, known)}")
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**values)
+
+    def _check(self) -> None:
+        at_least = dict(
+            num_envs=1, action_repeat=1, time_limit=1, image_size=5, total_steps=1, log_every=1, eval_every=0,
+            eval_episodes=1, checkpoint_every=0, resume_replay_seconds=0, replay_capacity=1, prefill=0, batch_size=1,
+            batch_length=2, deter_size=1, hidden_size=1, stoch_size=1, classes=0, blocks=1, embed_size=1, depth=1,
+            residual_blocks=0, units=1, encoder_layers=1, decoder_layers=1, reward_layers=1, continue_layers=1,
+            actor_layers=1, critic_layers=1, reconstruction_coeff=0, reward_coeff=0, continue_coeff=0,
+            kl_loss_coeff=0, dynamics_coeff=0, representation_coeff=0, free_nats=0, imagine_horizon=1,
+            imagine_last=2, entropy_coeff=0, slow_critic_coeff=0, replay_critic_coeff=0, adam_eps=0, warmup=0,
+            seed=0,
+        )  # fmt: skip
+        kinds = {f.name: str(f.type) for f in fields(self)}
+        for name, low in at_least.items():
+            value, kind = getattr(self, name), "integer" if kinds[name].startswith("int") else "number"
+            fits = _is_number(value) and value >= low and (kind == "number" or isinstance(value, int))
+            if not fits and not (value is None and "None" in kinds[name]):
+                raise ConfigError(f"{name}: expected {'an' if kind == 'integer' else 'a'} {kind} of at least {low}, "
+                                  f"got {value!r}")  # fmt: skip
+        for name in ("train_ratio", "learning_rate", "agc"):
+            value = getattr(self, name)
+            if not (_is_number(value) and value > 0):
+                raise ConfigError(f"{name}: expected a positive number, got {value!r}")
+        for name in ("discount", "td_lambda", "slow_critic_rate"):
+            value = getattr(self, name)
+            if not (_is_number(value) and 0 <= value <= 1):
+                raise ConfigError(f"{name}: expected a number in [0, 1], got {value!r}")
+        for name in ("unimix", "beta1", "beta2"):
+            value = getattr(self, name)
+            if not (_is_number(value) and 0 <= value < 1):
+                raise ConfigError(f"{name}: expected a number in [0, 1), got {value!r}")
+        if not (_is_number(self.return_norm_rate) and 0 < self.return_norm_rate <= 1):
+            raise ConfigError(f"return_norm_rate: expected a number in (0, 1], got {self.return_norm_rate!r}")
+        choices = dict(
+            env_backend=("envpool", "gym", "dmc", "robotics", "unity_mlagents"),
+            cell=("gru", "layernorm_gru", "block_gru"), initial=("zeros", "learned"), norm=("rms", "layer", "none"),
+            act=("silu", "elu", "relu", "gelu"),
+            actor_dist=(None, "categorical", "bounded_normal", "tanh_normal"),
+        )  # fmt: skip
+        for name, known in choices.items():
+            value = getattr(self, name)
+            if value not in known:
+                known = [k for k in known if k]
+                raise ConfigError(f"{name}: expected one of {known}, got {value!r}{suggest(str(value), known)}")
+        if self.cell == "block_gru" and self.deter_size % self.blocks:
+            raise ConfigError(f"deter_size: must be divisible by blocks={self.blocks}, got {self.deter_size}")
+        if self.replay_capacity < self.num_envs * self.batch_length:
+            raise ConfigError(
+                f"replay_capacity: expected at least num_envs*batch_length = {self.num_envs * self.batch_length} "
+                f"steps, got {self.replay_capacity}"
+            )
+        if self.imagine_last is not None and self.imagine_last > self.batch_length:
+            raise ConfigError(
+                f"imagine_last: expected at most batch_length = {self.batch_length} steps, got {self.imagine_last}"
+            )
+        if not self.depth_mults or not all(isinstance(m, int) and m >= 1 for m in self.depth_mults):
+            raise ConfigError(f"depth_mults: expected positive integers, got {self.depth_mults}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _size(deter: int, hidden: int, classes: int) -> dict[str, int]:
+    return dict(deter_size=deter, hidden_size=hidden, classes=classes, units=hidden, depth=hidden // 16)
+
+
+SIZES = {
+    "1m": _size(512, 64, 4),
+    "12m": _size(2048, 256, 16),
+    "25m": _size(3072, 384, 24),
+    "50m": _size(4096, 512, 32),
+    "100m": _size(6144, 768, 48),
+    "200m": _size(8192, 1024, 64),
+    "400m": _size(12288, 1536, 96),
+}
+"""Sizes of DreamerV3 (danijar/dreamerv3 configs.yaml)."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "dreamer_v3": {},
+    # What bare `phyxdream train` runs: 10x5 pictures, episodes of nine steps, minutes on two CPU cores.
+    "catch": dict(
+        env="Catch-v0", total_steps=16_000, size="1m", deter_size=128, stoch_size=16, classes=8, batch_size=32,
+        batch_length=12, train_ratio=64.0, imagine_horizon=9, learning_rate=1e-3, warmup=100, discount=0.95,
+        entropy_coeff=3e-3, actor_layers=2, critic_layers=2, log_every=500, eval_episodes=100,
+        replay_capacity=100_000, checkpoint_every=60.0,
+    ),
+}  # fmt: skip
+
+
+def preset(name: str, **overrides: Any) -> DreamerConfig:
+    """The configuration of preset `name` with `overrides`; unknown names raise `ConfigError` with the nearest."""
+    if name not in PRESETS:
+        raise ConfigError(f"preset: expected one of {sorted(PRESETS)}, got {name!r}{suggest(name, PRESETS)}")
+    return DreamerConfig.from_dict({**PRESETS[name], "preset": name, **overrides})
