@@ -4,7 +4,6 @@ The last lines give, per size, the ratio in this run and what a fast call cannot
 call costs) plus moving its tensors (at the rate of one core adding two arrays of that size).
 """
 
-import math
 import statistics
 
 import numpy as np
@@ -20,9 +19,9 @@ MOVED = {"forward": 4, "forward+backward": 4 + 7}
 medians = {}
 
 
-def median(benchmark, function, shape):
-    small = math.prod(shape) < 1 << 18
-    benchmark.pedantic(function, rounds=100, iterations=10 if small else 1, warmup_rounds=3)
+def median(benchmark, function):
+    # Ten calls a round: what a call costs in a loop, with caches and worker threads warm.
+    benchmark.pedantic(function, rounds=100, iterations=10, warmup_rounds=3)
     return statistics.median(benchmark.stats.stats.data) * 1e6
 
 
@@ -53,14 +52,14 @@ def work(direction, shape, backend):
 def test_lambda_return(benchmark, direction, shape, backend):
     benchmark.group = f"lambda_return {direction} {shape}"
     with ops.use_backend(backend):
-        medians[direction, shape, backend] = median(benchmark, work(direction, shape, backend), shape)
+        medians[direction, shape, backend] = median(benchmark, work(direction, shape, backend))
 
 
 @pytest.mark.parametrize("shape", SIZES["forward"], ids=str)
 def test_memory(benchmark, shape):
     benchmark.group = f"memory {shape}"
     a, b, out = (np.ones(shape, np.float32) for _ in range(3))
-    medians["memory", shape] = median(benchmark, lambda: np.add(a, b, out=out), shape) / 3  # a tensor
+    medians["memory", shape] = median(benchmark, lambda: np.add(a, b, out=out)) / 3  # a tensor
 
 
 def test_report(benchmark):

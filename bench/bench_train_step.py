@@ -13,7 +13,6 @@ import torch
 from phyxdream.agents import DreamerV3, preset
 from phyxdream.agents.actor_critic import imagination_loss
 from phyxdream.nn.vision import as_float_image
-from phyxdream.train.memory import keep_freed_memory
 
 T, B, A, SHAPE = 64, 16, 6, (3, 64, 64)
 ROUNDS = dict(rounds=5, warmup_rounds=1)
@@ -21,7 +20,6 @@ ROUNDS = dict(rounds=5, warmup_rounds=1)
 
 class Step:
     def __init__(self):
-        keep_freed_memory()  # as training does
         self.config = preset(
             "dreamer_v3", batch_size=B, batch_length=T, deter_size=512, hidden_size=512, classes=32, units=512,
             depth=32, depth_mults=(1, 2, 4, 8),

@@ -5,7 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from phyxdream.train.memory import keep_freed_memory
 from phyxdream.train.run import environment
+
+# As training does. Without it, page faults on fresh tensors hide what large sizes cost, and vary from run to run.
+keep_freed_memory()
 
 
 def pytest_addoption(parser):

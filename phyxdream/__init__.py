@@ -25,8 +25,18 @@ _lazy = {
     "use_backend": ("phyxdream.ops.backend", "use_backend"),
     "explain": ("phyxdream.ops.backend", "explain"),
 }
-__all__ = ["DreamerAgent", "DreamerConfig", "Replay", "__version__", "agents", "envs", "explain", "nn", "ops",
-           "use_backend"]
+__all__ = [
+    "DreamerAgent",
+    "DreamerConfig",
+    "Replay",
+    "__version__",
+    "agents",
+    "envs",
+    "explain",
+    "nn",
+    "ops",
+    "use_backend",
+]
 
 
 def __getattr__(name: str) -> Any:

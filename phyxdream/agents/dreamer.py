@@ -52,8 +52,12 @@ class DreamerAgent:
     (2, True)
     """
 
-    def __init__(self, config: DreamerConfig, observation_space: gymnasium.spaces.Dict | None = None,
-                 action_space: gymnasium.Space | None = None):
+    def __init__(
+        self,
+        config: DreamerConfig,
+        observation_space: gymnasium.spaces.Dict | None = None,
+        action_space: gymnasium.Space | None = None,
+    ):
         self.config = config.resolve()
         if observation_space is None or action_space is None:
             from phyxdream.train.driver import make_env
@@ -105,8 +109,14 @@ class DreamerAgent:
         return metrics
 
     @torch.no_grad()
-    def act(self, observation: Mapping[str, np.ndarray], is_first: np.ndarray, carry: Carry | None = None,
-            explore: bool = True, generator: torch.Generator | None = None) -> tuple[np.ndarray, Carry]:
+    def act(
+        self,
+        observation: Mapping[str, np.ndarray],
+        is_first: np.ndarray,
+        carry: Carry | None = None,
+        explore: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> tuple[np.ndarray, Carry]:
         """Actions for N environments: observations (N, *shape), is_first (N,) bool.
 
         Returns the actions as the environment takes them, (N,) int64 or (N, A) float32, and the carry for the next

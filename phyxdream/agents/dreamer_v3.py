@@ -49,8 +49,15 @@ class DreamerV3(nn.Module):
         weights = [p for p in self.parameters() if p.requires_grad]
         return LaProp(weights, c.learning_rate, c.agc, betas=(c.beta1, c.beta2), eps=c.adam_eps, warmup=c.warmup)
 
-    def policy(self, observation: Batch, action: Tensor, is_first: Tensor, state: State | None,
-               generator: torch.Generator | None = None, explore: bool = True) -> tuple[Tensor, State]:
+    def policy(
+        self,
+        observation: Batch,
+        action: Tensor,
+        is_first: Tensor,
+        state: State | None,
+        generator: torch.Generator | None = None,
+        explore: bool = True,
+    ) -> tuple[Tensor, State]:
         """Act for one step: observations (B, *shape), the action (B, A) that led to them, is_first (B,), and the
         state (B, ...) before; returns the action (B, A) and the state after."""
         embed = self.world_model.embed(observation)

@@ -26,8 +26,16 @@ class LaProp(torch.optim.Optimizer):
         warmup: updates over which the rate rises linearly; 0 for none.
     """
 
-    def __init__(self, params: Iterable[Tensor], lr: float = 4e-5, agc: float = 0.3, pmin: float = 1e-3,
-                 betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-20, warmup: int = 1000):
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float = 4e-5,
+        agc: float = 0.3,
+        pmin: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-20,
+        warmup: int = 1000,
+    ):
         super().__init__(params, dict(lr=lr, agc=agc, pmin=pmin, betas=betas, eps=eps, warmup=warmup, step=0))
 
     @torch.no_grad()

@@ -16,8 +16,16 @@ from phyxdream.nn.layers import MLP, linear
 class TwoHotHead(nn.Module):
     """A scalar as symlog two-hot over 255 bins: rewards and values of V3. Starts at exactly zero (`scale=0`)."""
 
-    def __init__(self, inputs: int, units: int, layers: int, act: str = "silu", norm: str = "rms", bins: int = 255,
-                 scale: float = 0.0):
+    def __init__(
+        self,
+        inputs: int,
+        units: int,
+        layers: int,
+        act: str = "silu",
+        norm: str = "rms",
+        bins: int = 255,
+        scale: float = 0.0,
+    ):
         super().__init__()
         self.mlp = MLP(inputs, units, layers, act, norm)
         self.out = linear(self.mlp.out_size, bins, scale=scale)
@@ -64,8 +72,19 @@ class Actor(nn.Module):
         tanh_normal: mean 5·tanh(m/5), std softplus(s + softplus⁻¹(5)) + 1e-4, squashed by tanh (V1).
     """
 
-    def __init__(self, inputs: int, action_size: int, units: int, layers: int, dist: str, act: str = "silu",
-                 norm: str = "rms", unimix: float = 0.01, min_std: float = 0.1, max_std: float = 1.0):
+    def __init__(
+        self,
+        inputs: int,
+        action_size: int,
+        units: int,
+        layers: int,
+        dist: str,
+        act: str = "silu",
+        norm: str = "rms",
+        unimix: float = 0.01,
+        min_std: float = 0.1,
+        max_std: float = 1.0,
+    ):
         super().__init__()
         if dist not in ACTORS:
             raise ConfigError(f"dist: expected one of {list(ACTORS)}, got {dist!r}{suggest(dist, ACTORS)}")

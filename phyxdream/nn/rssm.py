@@ -226,8 +226,13 @@ class RSSM(nn.Module):
             raise ConfigError(f"initial: expected 'zeros' or 'learned', got {initial!r}")
         if not 0 <= unimix < 1:
             raise ConfigError(f"unimix: expected a number in [0, 1), got {unimix}")
-        sizes = dict(embed_size=embed_size, action_size=action_size, deter_size=deter_size, stoch_size=stoch_size,
-                     hidden_size=hidden_size)
+        sizes = dict(
+            embed_size=embed_size,
+            action_size=action_size,
+            deter_size=deter_size,
+            stoch_size=stoch_size,
+            hidden_size=hidden_size,
+        )
         for name, size in sizes.items():
             if size < 1:
                 raise ConfigError(f"{name}: expected a positive integer, got {size}")

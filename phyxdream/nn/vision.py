@@ -87,8 +87,15 @@ def _channels(depth: int, mults: tuple[int, ...], stages: int) -> list[int]:
 class ImageEncoder(nn.Module):
     """(N, C, H, W) in [0, 1] to (N, out_size)."""
 
-    def __init__(self, shape: tuple[int, int, int], depth: int = 32, mults: tuple[int, ...] = (1, 2, 4, 8),
-                 blocks: int = 0, act: str = "silu", norm: str = "rms"):
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        depth: int = 32,
+        mults: tuple[int, ...] = (1, 2, 4, 8),
+        blocks: int = 0,
+        act: str = "silu",
+        norm: str = "rms",
+    ):
         super().__init__()
         channels_in, height, width = shape
         sizes = pyramid(height, width)
@@ -124,8 +131,16 @@ class _Halve(nn.Module):
 class ImageDecoder(nn.Module):
     """(N, inputs) to (N, C, H, W) in [0, 1], through the encoder's sizes backwards."""
 
-    def __init__(self, inputs: int, shape: tuple[int, int, int], depth: int = 32,
-                 mults: tuple[int, ...] = (1, 2, 4, 8), blocks: int = 0, act: str = "silu", norm: str = "rms"):
+    def __init__(
+        self,
+        inputs: int,
+        shape: tuple[int, int, int],
+        depth: int = 32,
+        mults: tuple[int, ...] = (1, 2, 4, 8),
+        blocks: int = 0,
+        act: str = "silu",
+        norm: str = "rms",
+    ):
         super().__init__()
         channels_out, height, width = shape
         self.sizes = pyramid(height, width)[::-1]
@@ -180,8 +195,17 @@ class Encoder(nn.Module):
     """A dict of observations (..., *shape) to one embedding (..., out_size): pictures through convolutions, vectors
     through symlog and an MLP, concatenated."""
 
-    def __init__(self, shapes: Shapes, depth: int = 32, mults: tuple[int, ...] = (1, 2, 4, 8), blocks: int = 0,
-                 units: int = 512, layers: int = 3, act: str = "silu", norm: str = "rms"):
+    def __init__(
+        self,
+        shapes: Shapes,
+        depth: int = 32,
+        mults: tuple[int, ...] = (1, 2, 4, 8),
+        blocks: int = 0,
+        units: int = 512,
+        layers: int = 3,
+        act: str = "silu",
+        norm: str = "rms",
+    ):
         super().__init__()
         images, vectors = split_shapes(shapes)
         self.groups, self.vectors = list(image_groups(images).values()), list(vectors)
@@ -207,8 +231,18 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """A feature (..., F) to a distribution per observation: `SquaredError` on [0, 1] pictures and symlog vectors."""
 
-    def __init__(self, inputs: int, shapes: Shapes, depth: int = 32, mults: tuple[int, ...] = (1, 2, 4, 8),
-                 blocks: int = 0, units: int = 512, layers: int = 3, act: str = "silu", norm: str = "rms"):
+    def __init__(
+        self,
+        inputs: int,
+        shapes: Shapes,
+        depth: int = 32,
+        mults: tuple[int, ...] = (1, 2, 4, 8),
+        blocks: int = 0,
+        units: int = 512,
+        layers: int = 3,
+        act: str = "silu",
+        norm: str = "rms",
+    ):
         super().__init__()
         images, vectors = split_shapes(shapes)
         self.groups = list(image_groups(images).values())

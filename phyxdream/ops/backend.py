@@ -118,6 +118,12 @@ def _triton_problem() -> str:
 _triton_problem._dynamo_marked_constant = True
 
 
+def status() -> dict[str, str]:
+    """Why each backend is off on this machine, by name; an empty string for those that are on."""
+    no_device = "" if torch.cuda.is_available() or _interpreting() else "no CUDA device is available"
+    return {"reference": "", "cpu": extension_problem, "triton": no_device or _triton_problem()}
+
+
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"  # Triton then runs its kernels on CPU tensors too
 

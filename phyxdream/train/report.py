@@ -309,7 +309,9 @@ def _throughput(columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     seconds = np.diff(columns["time"], prepend=np.nan)
     seconds[seconds <= 0] = np.nan
     rates = {"environment steps per second": "step", "updates per second": "updates"}
-    found = {title: np.diff(columns[name], prepend=np.nan) / seconds for title, name in rates.items() if name in columns}
+    found = {
+        title: np.diff(columns[name], prepend=np.nan) / seconds for title, name in rates.items() if name in columns
+    }
     return {"step": columns["step"], **{f"throughput/{title}": rate for title, rate in found.items()}}
 
 

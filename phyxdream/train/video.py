@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -43,7 +45,7 @@ def _longest_episodes(is_first: Tensor) -> tuple[Tensor, Tensor]:
     spans = []
     for column in is_first.T:
         cuts = [0, *(torch.nonzero(column[1:]).flatten() + 1).tolist(), len(column)]
-        spans.append(max(zip(cuts, cuts[1:], strict=False), key=lambda span: span[1] - span[0]))
+        spans.append(max(itertools.pairwise(cuts), key=lambda span: span[1] - span[0]))
     start, stop = torch.tensor(spans).T
     return start, stop
 

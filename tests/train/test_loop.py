@@ -29,7 +29,8 @@ if stop is not None:  # a signal at an exact step, whatever the machine's speed
         if self.counters.updates >= stop["updates"]:
             os.kill(os.getpid(), stop["signal"])
     Session.step = step_then_signal
-result = DreamerAgent(DreamerConfig.from_dict(json.loads(sys.argv[1]))).train(resume=sys.argv[3] == "resume", quiet=True)
+agent = DreamerAgent(DreamerConfig.from_dict(json.loads(sys.argv[1])))
+result = agent.train(resume=sys.argv[3] == "resume", quiet=True)
 sys.exit(0 if result.signal is None else 128 + result.signal)
 """
 
