@@ -80,8 +80,14 @@ def test_same_seed_same_run(tiny, tmp_path):
     assert metrics(tiny.logdir) != first
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stopped_and_resumed_equals_never_stopped(tiny, tmp_path, number):
+@pytest.mark.parametrize(
+    ("env", "number"),
+    [("gym:CartPole-v1", signal.SIGTERM), ("gym:CartPole-v1", signal.SIGINT), ("envpool:Catch-v0", signal.SIGTERM)],
+)
+def test_stopped_and_resumed_equals_never_stopped(tiny, tmp_path, env, number):
+    if env.startswith("envpool"):
+        pytest.importorskip("envpool")
+    tiny.env = env
     assert run_worker(tiny) == 0
     whole, final = metrics(tiny.logdir), weights(tiny.logdir)
     tiny.logdir = str(tmp_path / "stopped")
