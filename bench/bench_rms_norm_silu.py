@@ -37,7 +37,7 @@ def test_rms_norm_silu(benchmark, direction, shape, backend):
     small = shape[0] <= 1024
     with ops.use_backend(backend):
         benchmark.pedantic(work(direction, shape), rounds=50 if small else 7, iterations=10 if small else 1,
-                           warmup_rounds=2)  # fmt: skip
+                           warmup_rounds=4)  # fmt: skip
     medians[direction, shape, backend] = statistics.median(benchmark.stats.stats.data)
 
 
