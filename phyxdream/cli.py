@@ -90,13 +90,16 @@ def entry() -> None:
 
 def _train(argv: list[str]) -> int:
     named = bool(argv) and not argv[0].startswith("-")
+    name = argv[0] if named else _option(argv, "--preset")
+    if named and _option(argv, "--preset") not in (None, name):
+        raise ConfigError(f"two presets were named: {name!r} and {_option(argv, '--preset')!r}")
     resuming = any(a == "--resume" or a.startswith("--resume=") for a in argv)
     if resuming:
-        if named:
-            raise ConfigError(f"--resume takes its configuration from the run; leave out the preset {argv[0]!r}")
+        if name:
+            raise ConfigError(f"--resume takes its configuration from the run; leave out the preset {name!r}")
         default = _stored_config(_option(argv, "--logdir") or _newest_run())
     else:
-        default = preset(argv[0] if named else DEFAULT_PRESET)
+        default = preset(name or DEFAULT_PRESET)
     options = tyro.cli(Train, args=argv[1:] if named else argv, default=Train(default),
                        prog="phyxdream train [PRESET]")  # fmt: skip
     from phyxdream.agents import DreamerAgent

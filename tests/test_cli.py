@@ -17,7 +17,8 @@ def test_train_eval_report(tmp_path, capsys):
     assert main(["train", "dreamer_v3", *TINY, "--logdir", logdir]) == 0
     output = capsys.readouterr().out
     assert "evaluation return:" in output and f"report: {logdir}/report.html" in output
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["deter_size"] == 16
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["deter_size"], config["preset"]) == (16, "dreamer_v3")
     assert main(["eval", logdir, "--episodes", "3"]) == 0
     assert "over 3 episodes" in capsys.readouterr().out
     assert main(["report", logdir]) == 0
@@ -29,6 +30,8 @@ def test_train_eval_report(tmp_path, capsys):
     ("arguments", "words"),
     [
         (["train", "dreamer_v4"], ["dreamer_v4", "did you mean", "dreamer_v3"]),
+        (["train", "--preset", "dreamer_v4"], ["dreamer_v4", "dreamer_v3"]),
+        (["train", "catch", "--preset", "dreamer_v3"], ["catch", "dreamer_v3"]),
         (["train", *TINY, "--env", "gym:CartPol-v1"], ["CartPol-v1", "CartPole-v1"]),
         (["train", *TINY, "--td-lambda", "1.5"], ["td_lambda", "[0, 1]", "1.5"]),
         (["train", *TINY, "--batch-size", "0"], ["batch_size", "0"]),

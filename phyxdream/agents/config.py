@@ -18,7 +18,7 @@ class DreamerConfig:
 
     # -- Task
     preset: str = "dreamer_v3"
-    """Preset these values came from (informative)."""
+    """Preset whose values the other options start from."""
     env_backend: Literal["envpool", "gym", "dmc", "robotics", "unity_mlagents"] = "envpool"
     """Where `env` is looked up when it carries no "backend:" prefix."""
     env: str = "Catch-v0"
@@ -58,7 +58,7 @@ class DreamerConfig:
     replay_capacity: int = 500_000
     """Steps kept, over all environments."""
     prefill: int = 1_024
-    """Environment steps before the first update."""
+    """Actions taken, over all environments, before the first update."""
     batch_size: int = 16
     batch_length: int = 64
     train_ratio: float = 32.0

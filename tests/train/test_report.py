@@ -13,7 +13,7 @@ from PIL import Image, ImageSequence
 from phyxdream.errors import PhyxdreamError
 from phyxdream.train import report
 from phyxdream.train.metrics import Metrics
-from phyxdream.train.report import Panel, evaluation_table, summarise, write_report
+from phyxdream.train.report import Panel, _throughput, evaluation_table, summarise, write_report
 from phyxdream.train.run import Run
 
 CONFIG = {
@@ -79,7 +79,7 @@ def log(run, rows, **extra):
     with Metrics(run) as metrics:
         metrics._tensorboard_works = False
         for i in range(rows):
-            values = {"loss/image": np.exp(-i / 10), "loss/actor": (-1.0) ** i, "throughput/fps": 300.0, "other": i}
+            values = {"loss/image": np.exp(-i / 10), "loss/actor": (-1.0) ** i, "other": i}
             if i % 2:
                 values["episode/return"] = i / rows
             metrics.log(10 * (i + 1), {**values, **extra}, updates=i)
@@ -121,10 +121,18 @@ def test_an_empty_run_gets_sentences(run):
         "has not been evaluated yet",
         "There is no video prediction",
         "No loss has been logged yet",
-        "No throughput has been logged yet",
+        "Too few rows to tell a rate",
     ):
         assert sentence in text
     assert not (run.path / "learning_curve.png").exists()
+
+
+def test_throughput_is_steps_and_updates_by_time():
+    columns = {"step": np.array([10.0, 30.0, 60.0]), "time": np.array([1.0, 2.0, 2.0]), "updates": np.arange(3.0)}
+    rates = _throughput(columns)
+    np.testing.assert_array_equal(rates["throughput/environment steps per second"], [np.nan, 20.0, np.nan])
+    np.testing.assert_array_equal(rates["throughput/updates per second"], [np.nan, 1.0, np.nan])
+    assert _throughput({}) == {}
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])
