@@ -1,5 +1,6 @@
 """Checks of Triton kernels that need no GPU: compiling them ahead of time, and running them in the interpreter."""
 
+import inspect
 import os
 import re
 import subprocess
@@ -37,6 +38,11 @@ def compile_ahead(request, tmp_path):
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    if "constexprs" not in inspect.signature(ASTSource.__init__).parameters:
+        pytest.skip(
+            f"Triton {triton.__version__} is asked in another way to compile ahead of time; 3.3 or newer is not"
+        )
 
     def compile_kernel(kernel, types, num_warps):
         constants = {name: value for name, value in types.items() if not isinstance(value, str)}
