@@ -195,7 +195,8 @@ class DreamerAgent:
         from phyxdream.train.run import Run
 
         path = Path(path)
-        found = checkpoint.load(path if (path / "manifest.json").exists() else checkpoint.latest(Run.open(path)))
+        is_checkpoint = (path / "manifest.json").exists()
+        found = checkpoint.load(path) if is_checkpoint else checkpoint.load_latest(Run.open(path))
         self.load_tensors(found.tensors, weights_only=True)
         return self
 

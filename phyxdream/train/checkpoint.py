@@ -165,6 +165,24 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(path, manifest["step"], tensors, state, replay_path)
 
 
+def load_latest(run: Run) -> Checkpoint:
+    """Read the newest checkpoint of `run`, which may still be training.
+
+    Raises:
+        CheckpointError: there is none yet, or what `load` raises.
+    """
+    for last_try in (False, True):
+        newest = latest(run)
+        if newest is None:
+            raise CheckpointError(f"{run.path}: no checkpoint was written yet")
+        try:
+            return load(newest)
+        except CheckpointError:
+            if last_try or newest.exists():
+                raise  # damaged; otherwise training has just replaced it
+    raise AssertionError("unreachable")
+
+
 def _check_arguments(
     step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: dict[str, Any], keep: int
 ) -> None:

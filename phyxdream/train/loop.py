@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import signal
 import threading
 import time
@@ -54,11 +55,13 @@ class Window:
     returns: list[float] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
 
-    def add_update(self, metrics: dict[str, Tensor]) -> None:
-        values = torch.stack(list(metrics.values())).tolist()  # one transfer for all
-        for name, value in zip(metrics, values, strict=True):
+    def add_update(self, metrics: dict[str, Tensor]) -> dict[str, float]:
+        """Take in an update's metrics; returns them as numbers, brought over in one transfer."""
+        values = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
+        for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.updates += 1
+        return values
 
     def add_episodes(self, episodes: list[Episode]) -> None:
         self.returns += [e.episode_return for e in episodes]
@@ -161,12 +164,12 @@ class Session:
         while n.updates < self.updates_due() and self.replay.num_sequences(c.batch_length):
             batch = self.replay.sample(c.batch_size, c.batch_length)
             metrics = self.agent.update(batch)
-            if not torch.isfinite(metrics["loss/total"]):
+            values = self.window.add_update(metrics)
+            if not math.isfinite(values["loss/total"]):
                 raise FloatingPointError(
-                    f"the loss became {float(metrics['loss/total'])} at update {n.updates}: "
-                    + ", ".join(f"{k} {float(v):.3g}" for k, v in metrics.items() if k.startswith("loss/"))
+                    f"the loss became {values['loss/total']} at update {n.updates}: "
+                    + ", ".join(f"{k} {v:.3g}" for k, v in values.items() if k.startswith("loss/"))
                 )
-            self.window.add_update(metrics)
             n.updates += 1
 
     def updates_due(self) -> int:
@@ -265,16 +268,7 @@ def _loop(session: Session, metrics: Metrics, progress: Progress, received: list
 def load_agent(run: Run) -> tuple[DreamerAgent, checkpoint.Checkpoint]:
     """The agent of a run as its newest checkpoint has it; the run may still be training."""
     agent = DreamerAgent(DreamerConfig.from_dict(run.config))
-    for last_try in (False, True):
-        newest = checkpoint.latest(run)
-        if newest is None:
-            raise CheckpointError(f"{run.path}: no checkpoint was written yet")
-        try:
-            found = checkpoint.load(newest)
-            break
-        except CheckpointError:
-            if last_try or newest.exists():
-                raise  # damaged; otherwise training has just replaced it
+    found = checkpoint.load_latest(run)
     agent.load_tensors(found.tensors, weights_only=True)
     return agent, found
 

@@ -150,6 +150,18 @@ def test_an_existing_run_is_not_overwritten(tiny):
     assert metrics(tiny.logdir) == before
 
 
+def test_weights_load_from_a_run_and_from_a_checkpoint(tiny, tmp_path):
+    empty = Run.create(tmp_path / "empty", tiny.to_dict())
+    with pytest.raises(CheckpointError, match="no checkpoint was written yet"):
+        DreamerAgent(tiny).load(empty.path)
+    tiny.total_steps = 100
+    run = DreamerAgent(tiny).train(quiet=True).run
+    saved = weights(run.path)
+    for path in (run.path, checkpoint.latest(run)):
+        loaded = DreamerAgent(tiny).load(path).model.state_dict()
+        assert all((loaded[name] == saved[name]).all() for name in saved)
+
+
 def test_a_longer_total_resumes_a_finished_run(tiny):
     tiny.total_steps = 100
     DreamerAgent(tiny).train(quiet=True)
