@@ -26,6 +26,10 @@ class CheckpointError(PhyxdreamError, RuntimeError):
     """A checkpoint that is missing, truncated, foreign, or could not be written."""
 
 
+class ReplayClosed(PhyxdreamError, RuntimeError):
+    """The replay, or its loader, was closed: whoever waited for it may stop."""
+
+
 def suggest(name: str, known: Iterable[str], limit: int = 3) -> str:
     """`"; did you mean 'a' or 'b'?"` with the known names nearest to `name`, or an empty string."""
     known = list(known)

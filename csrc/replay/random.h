@@ -41,6 +41,9 @@ class Random {
     return std::uint64_t(product >> 64);
   }
 
+  // Uniform in [0, 1), a multiple of 2^-53.
+  double unit() { return double(next() >> 11) * 0x1p-53; }
+
   const State& state() const { return state_; }
   void restore(const State& state) { state_ = state; }
 

@@ -11,20 +11,24 @@ namespace phyx::replay {
 
 struct DType {
   const char* name;
-  char kind;  // as in numpy: b bool, u unsigned, i signed, f float
+  char kind;  // as in numpy: b bool, u unsigned, i signed, f float; V for bfloat16, which numpy takes as raw bytes
   std::size_t bytes;
 };
 
 // The index in this table is the dtype's code in a snapshot: append, never reorder.
 constexpr DType kDTypes[] = {{"uint8", 'u', 1},   {"int32", 'i', 4}, {"int64", 'i', 8},
-                             {"float32", 'f', 4}, {"bool", 'b', 1},  {"float16", 'f', 2}};
+                             {"float32", 'f', 4}, {"bool", 'b', 1},  {"float16", 'f', 2},
+                             {"int8", 'i', 1},    {"int16", 'i', 2}, {"bfloat16", 'V', 2}};
 constexpr std::size_t kNumDTypes = sizeof kDTypes / sizeof kDTypes[0];
+
+constexpr std::size_t kMaxAxes = 7;  // of one step
 
 // One key of the spec.
 struct Field {
   std::string name;
   std::size_t dtype_code;
   std::vector<std::int64_t> shape;  // of one step
+  bool latent = false;              // written by update(), and by add() only if it brings it
 
   const DType& dtype() const { return kDTypes[dtype_code]; }
   // Bytes of one step; throws ReserveError when they cannot be counted in 64 bits.
@@ -37,31 +41,21 @@ struct Run {
   std::size_t count;
 };
 
-// The steps of one env. Its n-th step ever (from 0) lies at first_row + n % rows until n + rows overwrites it.
-struct Ring {
-  std::size_t first_row = 0;
-  std::size_t rows = 0;
-  std::uint64_t end = 0;   // steps ever added
-  std::uint64_t size = 0;  // of them still stored: end - size ... end - 1
+// Steps [start, start + count) of a ring, in order: one run, or two when they pass the end of the ring.
+template <typename F>
+void for_each_run(std::size_t first_row, std::size_t rows, std::uint64_t start, std::size_t count, F&& visit) {
+  const std::size_t at = start % rows;
+  const std::size_t head = count < rows - at ? count : rows - at;
+  if (head > 0) visit(Run{first_row + at, head});
+  if (count > head) visit(Run{first_row, count - head});
+}
 
-  std::uint64_t begin() const { return end - size; }
-  std::size_t row(std::uint64_t step) const { return first_row + step % rows; }
-  std::uint64_t starts(std::uint64_t length) const { return size >= length ? size - length + 1 : 0; }
-
-  // Steps [start, start + count) in order: one run, or two when they pass the end of the ring.
-  template <typename F>
-  void for_each_run(std::uint64_t start, std::size_t count, F&& visit) const {
-    const std::size_t at = start % rows;
-    const std::size_t head = count < rows - at ? count : rows - at;
-    if (head > 0) visit(Run{first_row + at, head});
-    if (count > head) visit(Run{first_row, count - head});
-  }
-};
-
-// Reserved at once, given pages by the system when they are first written.
+// Reserved at once. In RAM the system gives pages when they are first written, huge ones for large columns; with a
+// directory the memory is an unnamed file there, which goes with the process however that ends.
 class Storage {
  public:
-  Storage(const std::vector<Field>& fields, std::size_t rows);
+  // Throws ReserveError when the memory or the disk space cannot be had.
+  Storage(const std::vector<Field>& fields, std::size_t rows, const std::string& directory, bool prefault);
   ~Storage();
   Storage(const Storage&) = delete;
   Storage& operator=(const Storage&) = delete;
@@ -80,7 +74,7 @@ class Storage {
   };
   std::vector<Column> columns_;
   std::size_t step_bytes_ = 0;
-  void* region_ = nullptr;
+  std::byte* region_ = nullptr;
   std::size_t region_bytes_ = 0;
 };
 

@@ -19,7 +19,10 @@ Array = NDArray[Any]
 # The smallest side that the picture encoders take; what is smaller is a vector.
 MIN_PICTURE_SIDE = 5
 # Names of the other entries of a replay step.
-RESERVED_KEYS = frozenset({"action", "reward", "is_first", "is_last", "is_terminal", "step_id"})
+RESERVED_KEYS = frozenset(
+    {"action", "reward", "is_first", "is_last", "is_terminal", "deter", "stoch"}
+    | {"step_id", "probability", "mask", "consecutive"}
+)
 
 
 def flatten(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
