@@ -43,7 +43,7 @@ class Step:
         self.whole()  # gradients exist, so that the optimiser can be timed alone
 
     def whole(self):
-        loss, _ = self.model.loss(self.batch, self.generator)
+        loss = self.model.loss(self.batch, self.generator).total
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()

@@ -1,7 +1,7 @@
 """Agents of the Dreamer family."""
 
 from phyxdream.agents.config import PRESETS, SIZES, DreamerConfig, preset
-from phyxdream.agents.dreamer import Carry, DreamerAgent
+from phyxdream.agents.dreamer import Carry, DreamerAgent, Update
 from phyxdream.agents.dreamer_v3 import DreamerV3
 
-__all__ = ["PRESETS", "SIZES", "Carry", "DreamerAgent", "DreamerConfig", "DreamerV3", "preset"]
+__all__ = ["PRESETS", "SIZES", "Carry", "DreamerAgent", "DreamerConfig", "DreamerV3", "Update", "preset"]

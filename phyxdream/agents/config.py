@@ -63,6 +63,16 @@ class DreamerConfig:
     batch_length: int = 64
     train_ratio: float = 32.0
     """Replayed steps per environment step (after action repeat)."""
+    replay_context: int = 1
+    """Steps before every trained sequence: the model goes on from the state stored with the first of them, filters the
+    others without gradient, and stores the states of the trained steps anew. 0 starts from the initial state."""
+    replay_online: bool = True
+    """Train on fresh sequences first, each of them once, before the selector chooses."""
+    replay_selector: Literal["uniform", "recency", "prioritized", "curious"] = "uniform"
+    """How replayed sequences are chosen; the last two by the world model's loss at every step."""
+    replay_prefetch: int | None = None
+    """Batches sampled ahead in the background (None: 2 on CUDA, 0 on the CPU). A run that samples ahead does not
+    continue bit for bit after --resume: the batches under way are lost."""
 
     # -- Model
     size: Literal["1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "12m"
@@ -175,12 +185,11 @@ class DreamerConfig:
         at_least = dict(
             num_envs=1, action_repeat=1, time_limit=1, image_size=5, total_steps=1, log_every=1, eval_every=0,
             eval_episodes=1, checkpoint_every=0, resume_replay_seconds=0, replay_capacity=1, prefill=0, batch_size=1,
-            batch_length=2, deter_size=1, hidden_size=1, stoch_size=1, classes=0, blocks=1, embed_size=1, depth=1,
-            residual_blocks=0, units=1, encoder_layers=1, decoder_layers=1, reward_layers=1, continue_layers=1,
-            actor_layers=1, critic_layers=1, reconstruction_coeff=0, reward_coeff=0, continue_coeff=0,
-            kl_loss_coeff=0, dynamics_coeff=0, representation_coeff=0, free_nats=0, imagine_horizon=1,
-            imagine_last=2, entropy_coeff=0, slow_critic_coeff=0, replay_critic_coeff=0, adam_eps=0, warmup=0,
-            seed=0,
+            batch_length=2, replay_context=0, replay_prefetch=0, deter_size=1, hidden_size=1, stoch_size=1, classes=0,
+            blocks=1, embed_size=1, depth=1, residual_blocks=0, units=1, encoder_layers=1, decoder_layers=1,
+            reward_layers=1, continue_layers=1, actor_layers=1, critic_layers=1, reconstruction_coeff=0, reward_coeff=0,
+            continue_coeff=0, kl_loss_coeff=0, dynamics_coeff=0, representation_coeff=0, free_nats=0, imagine_horizon=1,
+            imagine_last=2, entropy_coeff=0, slow_critic_coeff=0, replay_critic_coeff=0, adam_eps=0, warmup=0, seed=0,
         )  # fmt: skip
         kinds = {f.name: str(f.type) for f in fields(self)}
         for name, low in at_least.items():
@@ -206,7 +215,7 @@ class DreamerConfig:
         choices = dict(
             env_backend=("envpool", "gym", "dmc", "robotics", "unity_mlagents"),
             cell=("gru", "layernorm_gru", "block_gru"), initial=("zeros", "learned"), norm=("rms", "layer", "none"),
-            act=("silu", "elu", "relu", "gelu"),
+            act=("silu", "elu", "relu", "gelu"), replay_selector=("uniform", "recency", "prioritized", "curious"),
             actor_dist=(None, "categorical", "bounded_normal", "tanh_normal"),
         )  # fmt: skip
         for name, known in choices.items():
@@ -216,10 +225,11 @@ class DreamerConfig:
                 raise ConfigError(f"{name}: expected one of {known}, got {value!r}{suggest(str(value), known)}")
         if self.cell == "block_gru" and self.deter_size % self.blocks:
             raise ConfigError(f"deter_size: must be divisible by blocks={self.blocks}, got {self.deter_size}")
-        if self.replay_capacity < self.num_envs * self.batch_length:
+        smallest = self.num_envs * (self.batch_length + self.replay_context)
+        if self.replay_capacity < smallest:
             raise ConfigError(
-                f"replay_capacity: expected at least num_envs*batch_length = {self.num_envs * self.batch_length} "
-                f"steps, got {self.replay_capacity}"
+                f"replay_capacity: expected at least num_envs*(batch_length + replay_context) = {smallest} steps, "
+                f"got {self.replay_capacity}"
             )
         if self.imagine_last is not None and self.imagine_last > self.batch_length:
             raise ConfigError(

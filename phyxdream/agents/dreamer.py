@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from phyxdream.train.loop import TrainResult
 
 FLAGS = ("is_first", "is_last", "is_terminal")
-# Names that replay steps and losses use beside the observations'.
-RESERVED = (*FLAGS, "action", "reward", "step_id", "dynamics", "representation", "continue", "actor", "critic",
-            "replay_critic", "total")  # fmt: skip
+# Names that replay steps, replayed batches and losses use beside the observations'.
+RESERVED = (*FLAGS, "action", "reward", "deter", "stoch", "step_id", "probability", "mask", "consecutive",
+            "dynamics", "representation", "continue", "actor", "critic", "replay_critic", "total")  # fmt: skip
 
 
 @dataclass
@@ -33,6 +33,22 @@ class Carry:
 
     state: State
     action: Tensor
+
+
+@dataclass
+class Update:
+    """What one gradient step gave.
+
+    Attributes:
+        metrics: 0-d tensors.
+        latents: the new states of the steps learned from, for `Replay.update`: deter (T, B, D) and stoch (T, B, S);
+            empty with `replay_context=0`.
+        model_loss: (T, B) float, the world model's loss at each of these steps, for `Replay.prioritize`.
+    """
+
+    metrics: dict[str, Tensor]
+    latents: dict[str, Tensor]
+    model_loss: Tensor
 
 
 class DreamerAgent:
@@ -96,17 +112,33 @@ class DreamerAgent:
         action = ((), "int32") if self.discrete else ((self.action_size,), "float32")
         return observation | {"action": action, "reward": ((), "float32")} | {name: ((), "bool") for name in FLAGS}
 
-    def update(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One gradient step on a replayed batch (T, B, ...), as `Replay.sample` returns it; 0-d metrics."""
-        batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+    @property
+    def latent_spec(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """What a replay keeps of the state at each step, for `Replay(latents=...)`; empty if `replay_context=0`."""
+        return self.model.world_model.latent_spec if self.config.replay_context else {}
+
+    def latents(self, carry: Carry) -> dict[str, Tensor]:
+        """The states of a carry as `latent_spec` says, (N, ...) on the CPU, for `Replay.add`."""
+        if not self.config.replay_context:
+            return {}
+        return {name: value.cpu() for name, value in self.model.world_model.pack(carry.state).items()}
+
+    def update(self, batch: Mapping[str, Tensor]) -> Update:
+        """One gradient step on a replayed batch, as `Replay.sample` returns it.
+
+        With latents the batch is (K+T, B, ...): its first K = `config.replay_context` steps only tell the state from
+        which the other T are learned. Without, it is (T, B, ...) and starts from the initial state.
+        """
+        names = (*self.replay_spec, *self.latent_spec)
+        batch = {name: batch[name].to(self.device, non_blocking=True) for name in names if name in batch}
         batch["action"] = self.encode_action(batch["action"])
-        loss, metrics = self.model.loss(batch, self.generators["learn"])
+        loss = self.model.loss(batch, self.generators["learn"])
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        metrics["grad_norm"] = self.optimizer.step()
+        loss.total.backward()
+        metrics = {**loss.metrics, "grad_norm": self.optimizer.step(), "loss/total": loss.total.detach()}
         self.model.after_update()
-        metrics["loss/total"] = loss.detach()
-        return metrics
+        latents = self.model.world_model.pack(loss.post) if self.config.replay_context else {}
+        return Update(metrics, latents, loss.model_loss)
 
     @torch.no_grad()
     def act(

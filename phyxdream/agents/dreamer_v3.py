@@ -3,6 +3,7 @@
     world model   reconstruction + reward + continue + 1.0·max(1, KL(sg q‖p)) + 0.1·max(1, KL(q‖sg p))
     behaviour     REINFORCE on imagined λ-returns, percentile-normalised, entropy 3e-4
     critic        symlog two-hot regression to λ-returns and to its own moving average, imagined and replayed
+    replay        sequences go on from the state stored with the step before them, and their states are stored anew
 
 Source: Hafner et al. 2023/2025, danijar/dreamerv3 agent.py and configs.yaml.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,23 @@ from phyxdream.agents.optimizer import LaProp
 from phyxdream.agents.world_model import Batch, WorldModel
 from phyxdream.nn.heads import Actor, TwoHotHead
 from phyxdream.nn.rssm import State
+
+
+@dataclass
+class Loss:
+    """What a replayed batch costs.
+
+    Attributes:
+        total: 0-d, with its graph.
+        metrics: 0-d tensors.
+        post: posterior states (T, B, ...) of the steps learned from, without gradient.
+        model_loss: (T, B) weighted world model loss of every step, without gradient.
+    """
+
+    total: Tensor
+    metrics: dict[str, Tensor]
+    post: State
+    model_loss: Tensor
 
 
 class DreamerV3(nn.Module):
@@ -65,11 +84,15 @@ class DreamerV3(nn.Module):
         distribution = self.actor(post.feature)
         return (distribution.sample(generator) if explore else distribution.mode), post
 
-    def loss(self, batch: Batch, generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The total loss, 0-d, and 0-d metrics, of a replayed batch (T, B, ...) with one-hot or continuous actions."""
+    def loss(self, batch: Batch, generator: torch.Generator | None = None) -> Loss:
+        """The loss of a replayed batch (T, B, ...) with one-hot or continuous actions; see
+        `WorldModel.replay_context` for batches with latents."""
         c = self.config
-        out = self.world_model.loss(batch, generator)
-        losses = {name: self.world_model.loss_coeff(name) * loss.mean() for name, loss in out.losses.items()}
+        batch, state = self.world_model.replay_context(batch, generator)
+        out = self.world_model.loss(batch, generator, state)
+        coeff = self.world_model.loss_coeff
+        model_loss = sum(coeff(name) * loss.detach() for name, loss in out.losses.items())
+        losses = {name: coeff(name) * loss.mean() for name, loss in out.losses.items()}
         last = slice(-c.imagine_last if c.imagine_last else None, None)
         post = out.post[last]
         behaviour, returns = self._imagine(post.detach(), generator)
@@ -80,7 +103,8 @@ class DreamerV3(nn.Module):
                 batch["is_terminal"][last], returns, c.discount, c.td_lambda, c.slow_critic_coeff,
             ).mean()  # fmt: skip
         metrics = {f"loss/{name}": loss.detach() for name, loss in losses.items()}
-        return sum(losses.values()), metrics | out.metrics | behaviour.metrics
+        metrics |= out.metrics | behaviour.metrics
+        return Loss(sum(losses.values()), metrics, out.post.detach(), model_loss)
 
     def _imagine(self, post: State, generator: torch.Generator | None):
         """Behaviour losses from imagination started at the posterior states (K, B, ...), and the λ-return imagined

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from phyxdream.agents.config import DreamerConfig
 from phyxdream.nn.distributions import balanced_kl, kl_divergence
@@ -56,14 +57,55 @@ class WorldModel(nn.Module):
         """Observations (..., *shape) to embeddings (..., E)."""
         return self.project(self.encoder(observation))
 
-    def loss(self, batch: Batch, generator: torch.Generator | None = None) -> WorldModelOutput:
+    @property
+    def latent_spec(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype of a state as a replay keeps it: bfloat16 deter, and class indices for categorical stoch."""
+        c = self.config
+        index = "uint8" if c.classes <= 256 else "int16"
+        return {"deter": ((c.deter_size,), "bfloat16"), "stoch": ((c.stoch_size,), index if c.classes else "bfloat16")}
+
+    @torch.no_grad()
+    def pack(self, state: State) -> dict[str, Tensor]:
+        """States (..., D) and (..., S, C) or (..., S) as `latent_spec` says: deter (..., D) and stoch (..., S)."""
+        stoch = state.stoch.argmax(-1) if self.config.classes else state.stoch
+        values = {"deter": state.deter, "stoch": stoch}
+        return {name: values[name].to(getattr(torch, dtype)) for name, (_, dtype) in self.latent_spec.items()}
+
+    def unpack(self, latents: Batch) -> State:
+        """The inverse of `pack`, up to the rounding; without the statistics, which are not kept."""
+        dtype = self.rssm.posterior_out.weight.dtype
+        stoch = F.one_hot(latents["stoch"].long(), self.config.classes) if self.config.classes else latents["stoch"]
+        return State(latents["deter"].to(dtype), stoch.to(dtype))
+
+    @torch.no_grad()
+    def replay_context(self, batch: Batch, generator: torch.Generator | None = None) -> tuple[Batch, State | None]:
+        """Split a batch into what is learned from, (T, B, ...), and the state (B, ...) before it.
+
+        With latents, the batch holds K = `config.replay_context` more steps at its beginning: the latent stored with
+        the first is the state there, and the others are filtered from it. Without, the state is the initial one, None.
+        """
+        K = self.config.replay_context
+        if not K or "deter" not in batch:
+            return batch, None
+        state = self.unpack({name: batch[name][0] for name in self.latent_spec})
+        if K > 1:
+            context = {name: batch[name][1:K] for name in (*self.names, "action", "is_first")}
+            embed = self.embed(context)
+            state = self.rssm.filter(embed, context["action"], context["is_first"], state, generator=generator)[-1]
+        return {name: value[K:] for name, value in batch.items()}, state
+
+    def loss(
+        self, batch: Batch, generator: torch.Generator | None = None, state: State | None = None
+    ) -> WorldModelOutput:
         """Losses of a replayed batch.
 
         batch: observations (T, B, *shape), action (T, B, A), reward (T, B), is_first and is_terminal (T, B) bool.
+        state: the state (B, ...) before it; None is the initial one.
         The continuation target carries the discount, so imagination multiplies by the predicted continuation alone.
         """
         c = self.config
-        post, prior = self.rssm.observe(self.embed(batch), batch["action"], batch["is_first"], generator=generator)
+        embed = self.embed(batch)
+        post, prior = self.rssm.observe(embed, batch["action"], batch["is_first"], state, generator=generator)
         dynamics, representation = balanced_kl(post, prior, c.free_nats, c.unimix)
         feature = post.feature
         decoded = self.decoder(feature)

@@ -1,8 +1,9 @@
 """Checkpoints that survive kill -9 and full disks: safetensors and JSON, checksums, one atomic rename.
 
 A checkpoint is a directory `checkpoints/step-000012345/` with `<group>.safetensors` for every group of tensors,
-`state.json`, `replay.bin` when a replay was given, and `manifest.json` (format, sizes, checksums). It is written beside
-under a temporary name, synced, and renamed when complete, so a directory named `step-*` is always a whole checkpoint.
+`state.json`, the directory `replay` when a replay was given, and `manifest.json` (format, sizes, checksums). It is
+written beside under a temporary name, synced, and renamed when complete, so a directory named `step-*` is always a
+whole checkpoint.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from phyxdream.errors import CheckpointError
 from phyxdream.train.run import Run
 
 FORMAT = "phyxdream-checkpoint"
-VERSION = 1
+VERSION = 2
+_REPLAY = "replay"
 _TEMPORARY = ".tmp-"
 # A second checkpoint of one step gets a revision: replacing a directory is not atomic, adding one is.
 _NAME = re.compile(r"step-(\d{9,})(?:\.(\d+))?")
@@ -39,7 +41,7 @@ _DTYPES = {
 
 
 class Savable(Protocol):
-    """What `save` asks of a replay: to write itself to one file that checks itself when read."""
+    """What `save` asks of a replay: to write itself to a directory, synced, that checks itself when read."""
 
     def save(self, path: str) -> Any: ...
 
@@ -108,11 +110,10 @@ def save(
         (temporary / writing).write_text(json.dumps(state, indent=1), encoding="utf-8")
         files[writing] = _sync(temporary / writing)
         if replay is not None:
-            writing = "replay.bin"
+            writing = _REPLAY
             replay.save(str(temporary / writing))
-            files[writing] = _sync(temporary / writing, checksum=False)
         writing = "manifest.json"
-        manifest = {"format": FORMAT, "version": VERSION, "step": step, "files": files}
+        manifest = {"format": FORMAT, "version": VERSION, "step": step, "files": files, "replay": replay is not None}
         manifest["checksum"] = _digest(manifest)
         (temporary / writing).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         _sync(temporary / writing, checksum=False)
@@ -153,6 +154,9 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     manifest = _read_manifest(path)
     for name, entry in manifest["files"].items():
         _verify(path / name, entry)
+    replay_path = path / _REPLAY if manifest.get("replay") else None
+    if replay_path and not replay_path.is_dir():
+        raise CheckpointError(f"{replay_path} is missing: expected the directory of a replay")
     tensors = {}
     for name in manifest["files"]:
         if name.endswith(".safetensors"):
@@ -161,7 +165,6 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
             except (OSError, SafetensorError) as e:
                 raise CheckpointError(f"{path / name} is damaged: expected a safetensors file, but {e}") from e
     state = _read_object(path / "state.json")
-    replay_path = path / "replay.bin" if "replay.bin" in manifest["files"] else None
     return Checkpoint(path, manifest["step"], tensors, state, replay_path)
 
 

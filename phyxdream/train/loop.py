@@ -21,7 +21,7 @@ from phyxdream.agents import DreamerAgent, DreamerConfig
 from phyxdream.agents.dreamer import Carry
 from phyxdream.errors import CheckpointError
 from phyxdream.nn.rssm import State
-from phyxdream.replay import Replay
+from phyxdream.replay import Curious, Loader, Prioritized, Recency, Replay, Uniform
 from phyxdream.train import checkpoint
 from phyxdream.train.driver import Driver, Episode, make_env
 from phyxdream.train.evaluate import Evaluation, evaluate
@@ -33,6 +33,7 @@ from phyxdream.train.run import Run
 from phyxdream.train.video import open_loop_video
 
 EVAL_SEED_OFFSET = 1_000_000
+SELECTORS = {"uniform": Uniform(), "recency": Recency(), "prioritized": Prioritized(), "curious": Curious()}
 
 
 @dataclass
@@ -99,11 +100,25 @@ class Session:
         self.counters = Counters(next_log=c.log_every, next_eval=c.eval_every)
         self.window = Window()
         self.carry: Carry | None = None
-        self.replay = Replay(agent.replay_spec, c.replay_capacity, c.num_envs, seed=c.seed)
+        self.replay = Replay(agent.replay_spec, c.replay_capacity, c.num_envs, c.seed, latents=agent.latent_spec,
+                             selector=SELECTORS[c.replay_selector])  # fmt: skip
         self.driver = Driver(make_env(c), budget=c.resume_replay_seconds)
+        self.loader = self._make_loader()
 
     def close(self) -> None:
+        self.loader.close()
+        self.replay.close()
         self.driver.env.close()
+
+    def _make_loader(self) -> Loader:
+        c, device = self.config, self.agent.device
+        prefetch = c.replay_prefetch
+        if prefetch is None:
+            prefetch = 2 if device.type == "cuda" else 0
+        return self.replay.loader(
+            c.batch_size, c.batch_length, context=c.replay_context, prefetch=prefetch, device=device,
+            online=c.replay_online, force_is_first=not c.replay_context,
+        )  # fmt: skip
 
     def save(self) -> Path:
         """Write a checkpoint of this very moment; `CheckpointError` leaves the last one untouched."""
@@ -118,16 +133,20 @@ class Session:
     def restore(self, path: Path) -> str:
         """Go on from a checkpoint; returns a sentence on how the environments were brought back."""
         found = checkpoint.load(path)
+        if found.replay_path is None:
+            raise CheckpointError(f"{path}: it holds no replay to go on with")
         replay = Replay.load(found.replay_path)
-        if replay.spec != self.replay.spec or replay.num_envs != self.replay.num_envs:
-            raise CheckpointError(
-                f"{path}: its replay holds {replay.num_envs} environments of {replay.spec}, this configuration asks "
-                f"for {self.replay.num_envs} of {self.replay.spec}"
-            )
+        for name in ("spec", "latents", "num_envs", "selector"):
+            stored, own = getattr(replay, name), getattr(self.replay, name)
+            if stored != own:
+                raise CheckpointError(f"{path}: its replay has {name} {stored}, this configuration asks for {own}")
         acting = dict(found.tensors["acting"])
         actions = acting.pop("env_actions", None)
         self.agent.load_tensors(found.tensors)
+        self.loader.close()
+        self.replay.close()
         self.replay = replay
+        self.loader = self._make_loader()
         self.counters, self.window = Counters(**found.state["counters"]), Window(**found.state["window"])
         self.carry = _unpack_carry(acting, self.agent.device)
         seconds = found.state["env_seconds"]
@@ -136,10 +155,10 @@ class Session:
                 self._restart_envs()
             self.driver.replay_actions(actions.numpy())
             return f"environments brought back exactly by replaying {len(actions)} steps"
-        # New episodes under a new seed. The recurrent state is reset by is_first.
+        # New episodes under a new seed. The recurrent state is reset by is_first, and sampling takes the last step
+        # before it for the end of the episode that was left.
         self.counters.restarts += 1
         self._restart_envs()
-        self.replay.add(self.driver.row)
         return f"environments start new episodes (replaying {seconds:.0f} s of steps exceeds resume_replay_seconds)"
 
     def _restart_envs(self) -> None:
@@ -151,26 +170,35 @@ class Session:
 
     def step(self) -> None:
         """One action everywhere, and the updates that the train ratio then allows."""
-        c, n = self.config, self.counters
-        if not len(self.replay):
-            self.replay.add(self.driver.row)
-        action, self.carry = self.agent.act(self.driver.row, self.driver.row["is_first"], self.carry)
+        c, n, row = self.config, self.counters, self.driver.row
+        action, self.carry = self.agent.act(row, row["is_first"], self.carry)
+        # A step enters the replay once the state after it is known; the newest one waits in the driver.
+        self.replay.add(row | self.agent.latents(self.carry))
         acted, finished = self.driver.step(action)
-        self.replay.add(self.driver.row)
         n.actions += acted
         n.steps += acted * c.action_repeat
         n.episodes += len(finished)
         self.window.add_episodes(finished)
-        while n.updates < self.updates_due() and self.replay.num_sequences(c.batch_length):
-            batch = self.replay.sample(c.batch_size, c.batch_length)
-            metrics = self.agent.update(batch)
-            values = self.window.add_update(metrics)
-            if not math.isfinite(values["loss/total"]):
-                raise FloatingPointError(
-                    f"the loss became {values['loss/total']} at update {n.updates}: "
-                    + ", ".join(f"{k} {v:.3g}" for k, v in values.items() if k.startswith("loss/"))
-                )
+        while n.updates < self.updates_due() and self.replay.ready(c.batch_size, c.batch_length + c.replay_context):
+            self.update()
             n.updates += 1
+
+    def update(self) -> None:
+        """One gradient step on the next batch; what it found out about the replayed steps goes back to the replay."""
+        c = self.config
+        batch = next(self.loader)
+        update = self.agent.update(batch)
+        values = self.window.add_update(update.metrics)
+        if not math.isfinite(values["loss/total"]):
+            raise FloatingPointError(
+                f"the loss became {values['loss/total']} at update {self.counters.updates}: "
+                + ", ".join(f"{k} {v:.3g}" for k, v in values.items() if k.startswith("loss/"))
+            )
+        step_id = batch["step_id"][c.replay_context :]
+        if update.latents:
+            self.replay.update(step_id, **update.latents)
+        if isinstance(self.replay.selector, (Prioritized, Curious)):
+            self.replay.prioritize(step_id, update.model_loss)
 
     def updates_due(self) -> int:
         c = self.config

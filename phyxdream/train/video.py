@@ -24,14 +24,14 @@ def open_loop_video(agent: DreamerAgent, replay: Replay) -> dict | None:
     length = min(LENGTH, len(replay) // replay.num_envs)
     if not pictures or length < 2:
         return None
-    batch = replay.sample(CANDIDATES, length)
+    batch = replay.sample(CANDIDATES, length, force_is_first=True)
     start, stop = _longest_episodes(batch["is_first"])
     chosen = torch.argsort(stop - start, descending=True, stable=True)[:SEQUENCES]
     length = int((stop - start)[chosen].min())
     if length < 2:
         return None
     rows = start[chosen] + torch.arange(length)[:, None]  # (T, B)
-    batch = {name: value[rows, chosen].to(agent.device) for name, value in batch.items()}
+    batch = {name: batch[name][rows, chosen].to(agent.device) for name in (*agent.shapes, "action", "is_first")}
     batch["action"] = agent.encode_action(batch["action"])
     generator = torch.Generator(agent.device).manual_seed(SEED)
     context = min(CONTEXT, length // 2)

@@ -66,7 +66,8 @@ def test_the_defaults_are_those_of_dreamer_v3():
         agc=0.3, beta1=0.9, beta2=0.999, adam_eps=1e-20, warmup=1000, unimix=0.01, free_nats=1.0, dynamics_coeff=1.0,
         representation_coeff=0.1, replay_critic_coeff=0.3, slow_critic_rate=0.02, slow_critic_coeff=1.0,
         return_norm_rate=0.01, blocks=8, cell="block_gru", actor_layers=3, critic_layers=3, reward_layers=1,
-        continue_layers=1, encoder_layers=3, decoder_layers=3, act="silu", norm="rms",
+        continue_layers=1, encoder_layers=3, decoder_layers=3, act="silu", norm="rms", replay_context=1,
+        replay_online=True, replay_selector="uniform",
     )  # fmt: skip
     assert {name: getattr(config, name) for name in published} == published
     assert config.discount == pytest.approx(1 - 1 / 333)
@@ -77,7 +78,8 @@ BAD = [
         ("num_envs", 0), ("action_repeat", 0), ("time_limit", 0), ("image_size", 4), ("total_steps", 0),
         ("log_every", 0), ("eval_every", -1), ("eval_episodes", 0), ("checkpoint_every", -1.0),
         ("resume_replay_seconds", -1.0), ("replay_capacity", 0), ("prefill", -1), ("batch_size", 0),
-        ("batch_length", 1), ("deter_size", 0), ("hidden_size", 0), ("stoch_size", 0), ("classes", -1), ("blocks", 0),
+        ("batch_length", 1), ("replay_context", -1), ("replay_prefetch", -1),
+        ("deter_size", 0), ("hidden_size", 0), ("stoch_size", 0), ("classes", -1), ("blocks", 0),
         ("embed_size", 0), ("depth", 0), ("residual_blocks", -1), ("units", 0), ("encoder_layers", 0),
         ("decoder_layers", 0), ("reward_layers", 0), ("continue_layers", 0), ("actor_layers", 0), ("critic_layers", 0),
         ("reconstruction_coeff", -0.1), ("reward_coeff", -0.1), ("continue_coeff", -0.1), ("kl_loss_coeff", -0.1),
@@ -87,6 +89,7 @@ BAD = [
         ("train_ratio", 0.0), ("learning_rate", 0.0), ("agc", -0.3),
         ("discount", 1.01), ("td_lambda", -0.01), ("unimix", 1.0), ("beta1", 1.0), ("beta2", 1.0),
         ("slow_critic_rate", 1.5), ("return_norm_rate", 0.0), ("return_norm_rate", 1.1),
+        ("replay_context", 1.0), ("replay_context", None), ("replay_prefetch", True),
         ("depth_mults", ()), ("depth_mults", (2, 0)), ("depth_mults", (1.5,)),
     ]),
     # Of the wrong kind, or not finite.
@@ -95,7 +98,7 @@ BAD = [
     ("train_ratio", math.inf), ("discount", math.nan), ("discount", None), ("unimix", "0.01"), ("beta1", None),
     # Names.
     ("size", "13m"), ("env_backend", "openai"), ("cell", "lstm"), ("initial", "ones"), ("norm", "batch"),
-    ("act", "swish"), ("actor_dist", "normal"),
+    ("act", "swish"), ("actor_dist", "normal"), ("replay_selector", "newest"),
 ]  # fmt: skip
 
 
@@ -117,8 +120,11 @@ def test_combinations():
     with pytest.raises(ConfigError, match=r"deter_size: .*blocks=8.*got 100"):
         DreamerConfig(deter_size=100).resolve()
     DreamerConfig(deter_size=100, cell="gru").resolve()
-    with pytest.raises(ConfigError, match=r"replay_capacity: .*512.*got 511"):
-        DreamerConfig(num_envs=8, batch_length=64, replay_capacity=511).resolve()
+    for context, smallest in ((0, 512), (1, 520), (3, 536)):
+        options = dict(num_envs=8, batch_length=64, replay_context=context)
+        DreamerConfig(**options, replay_capacity=smallest).resolve()
+        with pytest.raises(ConfigError, match=rf"replay_capacity: .*{smallest} steps, got {smallest - 1}"):
+            DreamerConfig(**options, replay_capacity=smallest - 1).resolve()
     with pytest.raises(ConfigError, match=r"imagine_last: .*64.*got 65"):
         DreamerConfig(imagine_last=65).resolve()
 
@@ -126,7 +132,7 @@ def test_combinations():
 def test_boundary_values_are_accepted():
     replace(
         DreamerConfig(), discount=1.0, td_lambda=0, unimix=0.0, return_norm_rate=1.0, warmup=0, classes=0, prefill=0,
-        eval_every=0, replay_critic_coeff=0.0, imagine_last=64, replay_capacity=512, free_nats=0,
+        eval_every=0, replay_critic_coeff=0.0, imagine_last=64, replay_context=0, replay_prefetch=0, free_nats=0,
     ).resolve()  # fmt: skip
 
 

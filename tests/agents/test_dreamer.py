@@ -202,6 +202,7 @@ def test_actor_and_actions_must_fit(space, dist, message):
         (spaces.Box(0, 1, (3,)), DISCRETE, "observation_space: expected a Dict.*Box"),
         (spaces.Dict({"reward": spaces.Box(0, 1, (3,))}), DISCRETE, "observation 'reward'.*reserved"),
         (spaces.Dict({"dynamics": spaces.Box(0, 1, (3,))}), DISCRETE, "observation 'dynamics'.*reserved"),
+        (spaces.Dict({"deter": spaces.Box(0, 1, (3,))}), DISCRETE, "observation 'deter'.*reserved"),
     ],
 )
 def test_spaces_that_cannot_be_handled(observation, action, message):
@@ -245,7 +246,7 @@ def test_slow_critic_starts_as_the_critic():
 def test_update_learns_a_fixed_batch(space, options):
     agent = make(space, learning_rate=5e-3, **options)
     batch = make_batch(agent)
-    history = [{k: float(v) for k, v in agent.update(batch).items()} for _ in range(60)]
+    history = [{k: float(v) for k, v in agent.update(batch).metrics.items()} for _ in range(60)]
     assert all(np.isfinite(list(m.values())).all() for m in history)
     expected = {
         "actor",
@@ -285,7 +286,7 @@ def test_losses_are_weighted_as_published():
     """1·dyn, 0.1·rep, 1·others, 0.3·replay critic: a term's metric is its weight times its mean."""
     agent, plain = make(), make(representation_coeff=1.0, replay_critic_coeff=1.0, free_nats=1.0)
     batch = make_batch(agent)
-    ours, theirs = agent.update(batch), plain.update(batch)
+    ours, theirs = agent.update(batch).metrics, plain.update(batch).metrics
     torch.testing.assert_close(ours["loss/representation"], 0.1 * theirs["loss/representation"])
     torch.testing.assert_close(ours["loss/replay_critic"], 0.3 * theirs["loss/replay_critic"])
     torch.testing.assert_close(ours["loss/dynamics"], theirs["loss/dynamics"])
@@ -298,8 +299,7 @@ def test_behaviour_does_not_shape_the_model():
         agent = make(replay_critic_coeff=0.0, **options)
         batch = make_batch(agent)
         batch["action"] = agent.encode_action(batch["action"])
-        loss, _ = agent.model.loss(batch, torch.Generator().manual_seed(0))
-        loss.backward()
+        agent.model.loss(batch, torch.Generator().manual_seed(0)).total.backward()
         return [p.grad for p in agent.model.world_model.parameters()]
 
     for a, b in zip(gradients(), gradients(entropy_coeff=5.0, imagine_horizon=2), strict=True):
@@ -310,9 +310,10 @@ def test_imagining_from_the_last_steps_alone():
     """`imagine_last` starts imagination, and the replay critic, from the newest steps; all of them is the default."""
     agent, whole, default = make(imagine_last=3), make(imagine_last=T), make()
     batch = make_batch(agent)
-    part, full, plain = agent.update(batch), whole.update(batch), default.update(batch)
+    part, full, plain = (a.update(batch).metrics for a in (agent, whole, default))
     assert all(torch.equal(full[k], plain[k]) for k in full)
-    shorter = make(batch_length=4).update(batch)  # what the configuration samples does not limit what is learned from
+    # What the configuration samples does not limit what is learned from.
+    shorter = make(batch_length=4).update(batch).metrics
     assert all(torch.equal(shorter[k], plain[k]) for k in plain)
     assert part.keys() == full.keys()
     for name in ("image", "reward", "continue", "dynamics", "representation"):
@@ -322,6 +323,91 @@ def test_imagining_from_the_last_steps_alone():
     assert part["loss/replay_critic"].item() == pytest.approx(0.3 * 2 * np.log(255) * counted, rel=1e-5)
     counted = (~batch["is_last"][: T - 1]).float().mean().item()
     assert full["loss/replay_critic"].item() == pytest.approx(0.3 * 2 * np.log(255) * counted, rel=1e-5)
+
+
+# -- Replay context ---------------------------------------------------------------------------------------------------
+
+LATENTS = pytest.mark.parametrize("classes", (4, 0), ids=("categorical", "gaussian"))
+
+
+def with_latents(agent, seed=0):
+    """`make_batch` as a replay with latents returns it, its first steps being the context."""
+    g = torch.Generator().manual_seed(seed)
+    batch, spec = make_batch(agent, seed), agent.latent_spec
+    batch["deter"] = torch.randn(T, B, *spec["deter"][0], generator=g).bfloat16()
+    batch["stoch"] = torch.randint(0, 4, (T, B, *spec["stoch"][0]), generator=g).to(getattr(torch, spec["stoch"][1]))
+    return batch
+
+
+def total(agent, batch):
+    """The loss of a batch, whatever the agent has drawn before."""
+    batch = {**batch, "action": agent.encode_action(batch["action"])}
+    return agent.model.loss(batch, torch.Generator().manual_seed(0)).total.item()
+
+
+@LATENTS
+@pytest.mark.parametrize("context", (0, 1, 3))
+def test_what_goes_back_to_the_replay(context, classes):
+    """New latents as the replay stores them, and the world model's loss, of every step that was learned from."""
+    agent = make(replay_context=context, classes=classes)
+    batch = with_latents(agent) if context else make_batch(agent)
+    update = agent.update(batch)
+    assert update.latents.keys() == agent.latent_spec.keys() == ({"deter", "stoch"} if context else set())
+    for name, (shape, dtype) in agent.latent_spec.items():
+        assert update.latents[name].shape == (T - context, B, *shape)
+        assert update.latents[name].dtype == getattr(torch, dtype)
+        assert not update.latents[name].requires_grad
+    assert update.model_loss.shape == (T - context, B)
+    assert (update.model_loss > 0).all() and not update.model_loss.requires_grad
+    model = ("image", "state", "reward", "continue", "dynamics", "representation")
+    expected = sum(update.metrics[f"loss/{name}"] for name in model)
+    torch.testing.assert_close(update.model_loss.mean(), expected)
+
+
+@LATENTS
+@pytest.mark.parametrize("context", (1, 3))
+def test_what_the_context_decides(context, classes):
+    """The stored state of its first step and what was seen after it; a new episode right after it forgets it all."""
+    agent = make(replay_context=context, classes=classes)
+    batch = with_latents(agent)
+    base = total(agent, batch)
+    for name, step, counts in (
+        ("deter", 0, True), ("stoch", 0, True), ("state", 0, False), ("reward", 0, False), ("deter", 1, False),
+        ("stoch", 1, False), ("action", 0, False), ("state", context - 1, context > 1),
+        ("reward", context - 1, False), ("state", context, True), ("action", context, True),
+    ):  # fmt: skip
+        changed = batch[name].clone()
+        changed[step] = changed[step] + 50 if changed.dtype.is_floating_point else 3 - changed[step]
+        assert (total(agent, {**batch, name: changed}) != base) == counts, (name, step)
+    fresh = {**batch, "is_first": batch["is_first"].clone()}
+    fresh["is_first"][context] = True
+    alone = {name: x[context:] for name, x in fresh.items() if name not in agent.latent_spec}
+    if context == 1:  # filtering the context draws noise
+        assert total(agent, fresh) == total(agent, alone)
+    other = {**fresh, "deter": -fresh["deter"], "state": fresh["state"].clone()}
+    other["state"][:context] = 7
+    assert total(agent, other) == total(agent, fresh)
+
+
+def test_a_batch_without_latents_starts_from_the_initial_state():
+    """With a context asked for and without it alike, and so does one whose latents nobody asked for."""
+    plain, agent = make(replay_context=0), make(replay_context=3)
+    batch = make_batch(agent)
+    expected = plain.update(batch).metrics
+    for actual in (agent.update(batch), make(replay_context=0).update(with_latents(agent))):
+        assert all(torch.equal(actual.metrics[name], value) for name, value in expected.items())
+
+
+@LATENTS
+def test_latents_of_acting(classes):
+    agent = make(replay_context=1, classes=classes)
+    _, carry = agent.act(observe(), first())
+    latents = agent.latents(carry)
+    assert latents.keys() == agent.latent_spec.keys()
+    for name, (shape, dtype) in agent.latent_spec.items():
+        assert (latents[name].shape, latents[name].dtype) == ((3, *shape), getattr(torch, dtype))
+    torch.testing.assert_close(latents["deter"].float(), carry.state.deter, rtol=2**-8, atol=0)
+    assert make(replay_context=0).latents(carry) == {}
 
 
 # -- Saving -----------------------------------------------------------------------------------------------------------
@@ -338,7 +424,7 @@ def test_round_trip_continues_bit_exactly(space):
     other.load_tensors(agent.tensors())
     for i in range(3):
         batch = make_batch(agent, seed=i + 1)
-        a, b = agent.update(batch), other.update(batch)
+        a, b = agent.update(batch).metrics, other.update(batch).metrics
         assert a.keys() == b.keys()
         assert {k for k in a if not torch.equal(a[k], b[k])} == set()
     assert torch.equal(weights(agent), weights(other))
@@ -349,7 +435,7 @@ def test_a_fresh_agent_can_be_saved():
     agent, other = make(), make(seed=3)
     other.load_tensors(agent.tensors())
     batch = make_batch(agent)
-    assert torch.equal(agent.update(batch)["loss/total"], other.update(batch)["loss/total"])
+    assert torch.equal(agent.update(batch).metrics["loss/total"], other.update(batch).metrics["loss/total"])
 
 
 def test_weights_only():

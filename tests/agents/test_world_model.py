@@ -116,6 +116,50 @@ def test_gradients_of_the_kl_terms():
     assert representation == (None,) * len(representation)
 
 
+@pytest.mark.parametrize(("classes", "dtype"), [(4, "uint8"), (256, "uint8"), (257, "int16"), (0, "bfloat16")], ids=str)
+def test_packed_states(classes, dtype):
+    """Class indices come back exactly, the rest with bfloat16's eight bits."""
+    model = make(classes=classes)
+    state = model.rssm.observe(torch.randn(T, B, model.rssm.embed_size), torch.randn(T, B, A),
+                               torch.zeros(T, B, dtype=torch.bool))[0]  # fmt: skip
+    assert model.latent_spec == {"deter": ((16,), "bfloat16"), "stoch": ((3,), dtype)}
+    packed = model.pack(state)
+    assert {n: (tuple(x.shape), x.dtype) for n, x in packed.items()} == {
+        n: ((T, B, *shape), getattr(torch, d)) for n, (shape, d) in model.latent_spec.items()
+    }
+    back = model.unpack(packed)
+    assert back.feature.dtype == torch.float32 and not back.feature.requires_grad
+    torch.testing.assert_close(back.deter, state.deter.detach(), rtol=2**-8, atol=0)
+    if classes:
+        assert torch.equal(back.stoch, state.stoch.detach())
+    else:
+        torch.testing.assert_close(back.stoch, state.stoch.detach(), rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("classes", [4, 0])
+@pytest.mark.parametrize("context", [1, 3])
+def test_replay_context(context, classes):
+    model, batch = make(replay_context=context, classes=classes), make_batch()
+    post = model.rssm.filter(model.embed(batch), batch["action"], batch["is_first"], generator=generator())
+    batch |= model.pack(post)
+    rest, state = model.replay_context(batch, generator())
+    assert rest.keys() == batch.keys()
+    assert all(torch.equal(rest[name], batch[name][context:]) for name in batch)
+    g, expected = generator(), model.unpack({name: batch[name][0] for name in ("deter", "stoch")})
+    noise = model.rssm.draw_noise(context - 1, B, generator=g)
+    for t in range(1, context):
+        embed = model.embed({name: batch[name][t : t + 1] for name in SHAPES})
+        expected = model.rssm.filter(embed, batch["action"][t : t + 1], batch["is_first"][t : t + 1], expected,
+                                     noise[t - 1 : t])[0]  # fmt: skip
+    torch.testing.assert_close(state.feature, expected.feature.detach())
+    assert not state.feature.requires_grad
+    # What follows is filtered from there.
+    out = model.loss(rest, generator(), state)
+    going_on = model.rssm.filter(model.embed(rest), rest["action"], rest["is_first"], state, generator=generator())
+    assert out.post.deter.shape[0] == T - context
+    torch.testing.assert_close(out.post.feature, going_on.feature)
+
+
 def test_open_loop():
     model, batch = make(), make_batch()
     video = model.open_loop(batch, 2, generator())

@@ -26,9 +26,14 @@ class Replay:
         self.data, self.error = data, error
 
     def save(self, path):
-        Path(path).write_bytes(self.data)
+        os.mkdir(path)
+        (Path(path) / "data").write_bytes(self.data)
         if self.error:
             raise self.error
+
+
+def experience(found):
+    return (found.replay_path / "data").read_bytes()
 
 
 @pytest.fixture
@@ -54,7 +59,7 @@ def test_round_trip(run):
     assert path == run.checkpoints / "step-000012345" == checkpoint.latest(run)
     back = checkpoint.load(path)
     assert back.step == 12345 and back.state == state and back.path == path
-    assert back.replay_path.read_bytes() == b"experience"
+    assert experience(back) == b"experience"
     assert sorted(back.tensors) == ["model", "optimizer"]
     assert torch.equal(back.tensors["model"]["w"], torch.ones(3, 4))
 
@@ -173,7 +178,7 @@ def test_what_cannot_be_saved_is_named_and_nothing_touched(run, step, tensors, s
 )
 def test_failed_write_keeps_the_old_checkpoint(run, error):
     old = checkpoint.save(run, 5, small(), {"updates": 1})
-    with pytest.raises(CheckpointError, match=r"step 1,000.*replay\.bin.*step-000000005 is untouched") as raised:
+    with pytest.raises(CheckpointError, match=r"step 1,000.*: replay: .*step-000000005 is untouched") as raised:
         checkpoint.save(run, 1000, small(), {}, Replay(error=error))
     assert (error.args[-1] if isinstance(error, OSError) else str(error)) in str(raised.value)
     assert names(run) == [old.name]
@@ -259,7 +264,7 @@ def test_killed_anywhere_in_save(run):
         )
         back = checkpoint.load(checkpoint.latest(run))
         assert back.step in (old, new) if killed else back.step == new
-        assert back.step == back.state["step"] == int(back.replay_path.read_bytes()) == back.tensors["model"]["w"][0, 0]
+        assert back.step == back.state["step"] == int(experience(back)) == back.tensors["model"]["w"][0, 0]
         line += 2
     assert line > 100
 
@@ -270,7 +275,9 @@ from pathlib import Path
 from phyxdream.train import checkpoint
 from phyxdream.train.run import Run
 class Replay:
-    def save(self, path): Path(path).write_bytes(str(step).encode() * 100_000)
+    def save(self, path):
+        Path(path).mkdir()
+        (Path(path) / "data").write_bytes(str(step).encode() * 100_000)
 run = Run.create(sys.argv[1], {}, resume=True)
 last = checkpoint.latest(run)
 step = checkpoint.load(last).step if last else 0
@@ -299,14 +306,14 @@ def test_sigkill_while_saving(tmp_path):
         back = checkpoint.load(checkpoint.latest(Run.open(path)))
         assert back.step >= max([reached, *map(int, printed)])
         assert (back.tensors["model"]["w"] == back.step).all() and back.state == {"step": back.step}
-        assert back.replay_path.read_bytes() == str(back.step).encode() * 100_000
+        assert experience(back) == str(back.step).encode() * 100_000
         reached = back.step
     run = Run.create(path, {}, resume=True)
     checkpoint.save(run, reached + 1, small(), {})
     assert names(run) == [f"step-{reached + 1:09d}"]
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "state.json", "manifest.json", "replay.bin"])
+@pytest.mark.parametrize("file", ["model.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "missing", "longer"])
 def test_damaged_files_are_named(run, file, damage):
     path = checkpoint.save(run, 1, small(), {"updates": 1}, Replay())
@@ -317,6 +324,17 @@ def test_damaged_files_are_named(run, file, damage):
         (path / file).write_bytes({"truncated": data[:-1], "emptied": b"", "longer": data + b"x"}[damage])
     with pytest.raises(CheckpointError, match="manifest" if file == "manifest.json" else file):
         checkpoint.load(path)
+
+
+@pytest.mark.parametrize("damage", ["missing", "a file"])
+def test_a_missing_replay_is_named(run, damage):
+    path = checkpoint.save(run, 1, small(), {}, Replay())
+    shutil.rmtree(path / "replay")
+    if damage == "a file":
+        (path / "replay").write_bytes(b"experience")
+    with pytest.raises(CheckpointError, match=r"replay is missing"):
+        checkpoint.load(path)
+    assert checkpoint.load(checkpoint.save(run, 2, small(), {})).replay_path is None
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "state.json", "manifest.json"])
@@ -353,7 +371,7 @@ def test_foreign_and_newer_formats(run, tmp_path):
         ('{"format": "other"}', "got 'other'"),
         ("[]", "JSON object"),
         ("\0", "JSON"),
-        (json.dumps({"format": checkpoint.FORMAT, "version": 2}), "up to 1: upgrade"),
+        (json.dumps({"format": checkpoint.FORMAT, "version": 3}), "up to 2: upgrade"),
     ):
         (foreign / "manifest.json").write_text(text)
         with pytest.raises(CheckpointError, match=message):
@@ -361,7 +379,7 @@ def test_foreign_and_newer_formats(run, tmp_path):
 
 
 def test_nothing_is_pickled(run):
-    path = checkpoint.save(run, 1, small(), {}, Replay())
+    path = checkpoint.save(run, 1, small(), {})
     for file in path.iterdir():
-        assert file.suffix in (".safetensors", ".json", ".bin")
+        assert file.suffix in (".safetensors", ".json")
         assert not file.read_bytes().startswith((b"\x80", b"PK"))

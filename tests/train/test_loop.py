@@ -1,4 +1,5 @@
-"""The loop as a user meets it: trains, stops, resumes; what a kill leaves; what bad environments and disks do."""
+"""The loop as a user meets it: trains, stops, resumes; what a kill leaves; what bad environments and disks do; and
+what passes between agent and replay."""
 
 import json
 import os
@@ -6,11 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from phyxdream import Replay
 from phyxdream.agents import DreamerAgent, DreamerConfig
 from phyxdream.errors import CheckpointError, ConfigError, EnvError
 from phyxdream.train import checkpoint, loop
@@ -81,13 +85,17 @@ def test_same_seed_same_run(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("env", "number"),
-    [("gym:CartPole-v1", signal.SIGTERM), ("gym:CartPole-v1", signal.SIGINT), ("envpool:Catch-v0", signal.SIGTERM)],
+    ("env", "number", "options"),
+    [
+        ("gym:CartPole-v1", signal.SIGTERM, {}),
+        ("gym:CartPole-v1", signal.SIGINT, dict(replay_selector="curious", replay_context=3, classes=0)),
+        ("envpool:Catch-v0", signal.SIGTERM, dict(replay_selector="prioritized", replay_capacity=100)),
+    ],
 )
-def test_stopped_and_resumed_equals_never_stopped(tiny, tmp_path, env, number):
+def test_stopped_and_resumed_equals_never_stopped(tiny, tmp_path, env, number, options):
     if env.startswith("envpool"):
         pytest.importorskip("envpool")
-    tiny.env = env
+    tiny = replace(tiny, env=env, **options)
     assert run_worker(tiny) == 0
     whole, final = metrics(tiny.logdir), weights(tiny.logdir)
     tiny.logdir = str(tmp_path / "stopped")
@@ -170,14 +178,6 @@ def test_a_longer_total_resumes_a_finished_run(tiny):
     assert result.steps >= 150
 
 
-def test_checkpoint_of_another_architecture_is_refused(tiny):
-    tiny.total_steps = 20
-    DreamerAgent(tiny).train(quiet=True)
-    tiny.deter_size = 32
-    with pytest.raises(CheckpointError, match="weights do not fit"):
-        DreamerAgent(tiny).train(resume=True, quiet=True)
-
-
 def test_nan_reward_stops_with_the_environment_named_and_the_checkpoint_intact(tiny, monkeypatch):
     import gymnasium
 
@@ -218,9 +218,204 @@ def test_the_loss_becoming_nan_is_said_at_once(tiny, monkeypatch):
     update = DreamerAgent.update
 
     def poisoned(self, batch):
-        metrics = update(self, batch)
-        return {**metrics, "loss/total": metrics["loss/total"] * float("nan")}
+        result = update(self, batch)
+        result.metrics["loss/total"] *= float("nan")
+        return result
 
     monkeypatch.setattr(DreamerAgent, "update", poisoned)
     with pytest.raises(FloatingPointError, match="update 0"):
         DreamerAgent(tiny).train(quiet=True)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_damaged_replay_is_refused(tiny, damage):
+    tiny.total_steps = 20
+    saved = checkpoint.latest(DreamerAgent(tiny).train(quiet=True).run)
+    files = [path for path in sorted((saved / "replay").rglob("*")) if path.is_file()]
+    assert files
+    tiny.total_steps = 40
+    for file in files:
+        data = file.read_bytes()
+        file.unlink()
+        if damage == "truncated":
+            file.write_bytes(data[: len(data) // 2])
+        with pytest.raises(CheckpointError, match=f"{saved.name}/replay"):
+            DreamerAgent(tiny).train(resume=True, quiet=True)
+        file.write_bytes(data)
+    assert DreamerAgent(tiny).train(resume=True, quiet=True).steps >= 40
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(units=16), "weights do not fit"),
+        (dict(deter_size=32), r"its replay has latents .*\(16,\).* asks for .*\(32,\)"),
+        (dict(replay_context=0), "its replay has latents"),
+        (dict(replay_selector="recency"), "its replay has selector"),
+        (dict(num_envs=3), "its replay has num_envs 2, this configuration asks for 3"),
+    ],
+)
+def test_a_checkpoint_of_another_configuration_is_refused(tiny, options, message):
+    tiny.total_steps = 20
+    DreamerAgent(tiny).train(quiet=True)
+    with pytest.raises(CheckpointError, match=message):
+        DreamerAgent(replace(tiny, total_steps=40, **options)).train(resume=True, quiet=True)
+
+
+# -- Between agent and replay -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(replay_selector="uniform", replay_context=0),
+        dict(replay_selector="recency", replay_context=3),
+        dict(replay_selector="prioritized", classes=0),
+        dict(replay_selector="curious", replay_context=0),
+        dict(replay_selector="curious", replay_context=3, classes=0, replay_prefetch=2),
+        dict(replay_online=False, replay_prefetch=1, initial="learned"),
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_every_way_to_replay_trains(tiny, monkeypatch, options):
+    """And the replay is told what it asked for: latents with a context, losses when they choose."""
+    pytest.importorskip("envpool")
+    told = {"update": 0, "prioritize": 0}
+    for name, method in {"update": Replay.update, "prioritize": Replay.prioritize}.items():
+
+        def count(self, step_id, *args, name=name, method=method, **kwargs):
+            assert step_id.shape == (tiny.batch_length, tiny.batch_size)
+            told[name] += 1
+            return method(self, step_id, *args, **kwargs)
+
+        monkeypatch.setattr(Replay, name, count)
+    tiny = replace(tiny, env="envpool:Catch-v0", total_steps=100, **options)
+    result = DreamerAgent(tiny).train(quiet=True)
+    updates = metrics(result.run.path)[-1]["updates"]
+    assert updates == int((result.steps - tiny.prefill) * tiny.train_ratio / 32) > 10
+    assert told["update"] == (updates if tiny.replay_context else 0)
+    assert told["prioritize"] == (updates if tiny.replay_selector in ("prioritized", "curious") else 0)
+
+
+@pytest.fixture
+def session(tiny, request):
+    """A run in progress whose weights do not move, and whose updates are ours to ask for."""
+    options = getattr(request, "param", {})
+    tiny = replace(tiny, prefill=10**9, learning_rate=1e-30, device="cpu", **options)
+    session = loop.Session(DreamerAgent(tiny))
+    yield session
+    session.close()
+
+
+def stored(session, *names) -> dict[int, torch.Tensor]:
+    """Every stored step's values, by its id."""
+    batch = session.replay.sample(50 * len(session.replay), 1)
+    values = torch.cat([batch[name].flatten(2).float() for name in names], -1)[0]
+    stored = dict(zip(batch["step_id"][0].tolist(), values, strict=True))
+    assert len(stored) == len(session.replay)
+    return stored
+
+
+LATENTS = pytest.mark.parametrize("session", [{}, dict(classes=0)], ids=["categorical", "gaussian"], indirect=True)
+
+
+@LATENTS
+def test_a_sequence_goes_on_from_the_state_that_acted(session):
+    acted = {}
+    for t in range(40):
+        session.step()
+        for i in range(2):
+            acted[i << 40 | t] = session.carry.state[i]
+    assert len(session.replay) == session.replay.total_added == 80
+    batch = session.replay.sample(64, 9)
+    rest, state = session.agent.model.world_model.replay_context(batch)
+    assert torch.equal(rest["step_id"], batch["step_id"][1:])
+    for b, step in enumerate(batch["step_id"][0].tolist()):
+        torch.testing.assert_close(state.deter[b], acted[step].deter, rtol=2**-8, atol=0)
+        torch.testing.assert_close(state.stoch[b], acted[step].stoch, rtol=2**-8, atol=0)
+
+
+@LATENTS
+def test_an_update_stores_its_posterior(session, monkeypatch):
+    """Of exactly the steps learned from, and the next sequence goes on from there."""
+    for _ in range(40):
+        session.step()
+    before = stored(session, "deter", "stoch")
+    seen = []
+    update = DreamerAgent.update
+
+    def spy(self, batch):
+        result = update(self, batch)
+        seen.append((batch["step_id"].clone(), result.latents))
+        return result
+
+    monkeypatch.setattr(DreamerAgent, "update", spy)
+    session.update()
+    (step_id, latents), after = seen[0], stored(session, "deter", "stoch")
+    written = torch.cat([latents["deter"], latents["stoch"]], -1).float()
+    expected = {}
+    for step, value in zip(step_id[1:].flatten().tolist(), written.flatten(0, 1), strict=True):
+        expected[step] = value
+    # Online sequences of one environment follow each other without overlap: no step comes twice.
+    assert len(expected) == written[..., 0].numel()
+    for step, value in after.items():
+        assert torch.equal(value, expected.get(step, before[step]))
+    assert sum(not torch.equal(after[step], before[step]) for step in expected) > len(expected) // 2
+
+
+def test_latents_of_steps_that_made_room_are_dropped(session):
+    while len(session.replay) < session.replay.capacity:
+        session.step()
+    batch = {name: value.clone() for name, value in next(session.loader).items()}
+    for _ in range(session.replay.capacity // 2):
+        session.step()
+    before = stored(session, "deter", "stoch")
+    update = session.agent.update(batch)
+    assert session.replay.update(batch["step_id"][1:], **update.latents) == 0
+    after = stored(session, "deter", "stoch")
+    assert all(torch.equal(after[step], value) for step, value in before.items())
+
+
+def test_a_checkpoint_without_a_replay_cannot_be_continued(session, tmp_path):
+    path = checkpoint.save(Run.create(tmp_path / "run", {}), 1, session.agent.tensors(), {})
+    with pytest.raises(CheckpointError, match="no replay"):
+        session.restore(path)
+
+
+def test_a_checkpoint_after_a_failed_one_is_whole(session, tmp_path, monkeypatch):
+    """The files of the replay that the failed one had written are gone with it."""
+    session.run = Run.create(tmp_path / "run", {})
+    for _ in range(20):
+        session.step()
+    session.save()
+    for _ in range(20):
+        session.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_digest", lambda manifest: 1 / 0)  # after the replay
+        with pytest.raises(ZeroDivisionError):
+            session.save()
+    for _ in range(5):
+        session.step()
+    back = Replay.load(checkpoint.load(session.save()).replay_path)
+    batch, same = session.replay.sample(30, 9), back.sample(30, 9)
+    assert len(back) == len(session.replay) == 90
+    assert all(torch.equal(same[name], value) for name, value in batch.items())
+
+
+def test_an_episode_left_at_a_restart_ends_in_what_is_replayed(tiny, tmp_path):
+    tiny = replace(tiny, prefill=10**9, resume_replay_seconds=0.0)
+    first, second = loop.Session(DreamerAgent(tiny)), loop.Session(DreamerAgent(tiny))
+    first.run = Run.create(tmp_path / "run", {})
+    for _ in range(6):  # no pole falls that fast
+        first.step()
+    path = first.save()
+    first.close()
+    assert "new episodes" in second.restore(path)
+    for _ in range(3):
+        second.step()
+    batch = second.replay.sample(20, 9)
+    second.close()
+    expected = torch.arange(9)[:, None].expand(9, 20)
+    assert torch.equal(batch["is_first"], (expected == 0) | (expected == 6))
+    assert torch.equal(batch["is_last"], expected == 5)
+    assert not batch["is_terminal"].any()
