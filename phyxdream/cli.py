@@ -1,4 +1,4 @@
-"""The command line: train, eval, report, info. Typed options come from `DreamerConfig`."""
+"""The command line: train, eval, report, replay, info. Typed options come from `DreamerConfig`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ USAGE = """usage: phyxdream COMMAND [...]
   train [PRESET] [--options]   train an agent; bare `phyxdream train` learns Catch from its pixels in minutes
   eval RUN [--options]         evaluate the trained agent of a run directory
   report RUN                   write the HTML report of a run directory
+  replay inspect PATH          what lies in the replay of a run, a checkpoint or a snapshot
   info                         backends and environments found, versions, GPU, and why something is off
 
 `phyxdream COMMAND --help` lists the options of a command. Presets: {presets}."""
@@ -59,10 +60,22 @@ class Report:
     """Run directory."""
 
 
+@dataclass
+class ReplayInspect:
+    """Show what lies in a replay: counts, episodes, a histogram of returns, and what looks wrong."""
+
+    path: Annotated[Path, tyro.conf.Positional]
+    """A run directory (its newest checkpoint), a checkpoint, or a snapshot that Replay.save wrote."""
+    frames: Path | None = None
+    """Also write a contact sheet of frames to this PNG; without pictures, plots of returns and of one episode."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 an error the user can act on, 2 wrong usage, 128+n signal n."""
     argv = sys.argv[1:] if argv is None else argv
-    commands: dict[str, Callable[[list[str]], int]] = {"train": _train, "eval": _eval, "report": _report, "info": _info}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": _train, "eval": _eval, "report": _report, "replay": _replay, "info": _info,
+    }  # fmt: skip
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE.format(presets=", ".join(PRESETS)))
         return 0 if argv else 2
@@ -141,7 +154,27 @@ def _report(argv: list[str]) -> int:
 
     run = Run.open(options.run)
     agent, found = load_agent(run)
-    print(f"report: {write_report(run, video=open_loop_video(agent, Replay.load(found.replay_path)))}")
+    video = open_loop_video(agent, Replay.load(found.replay_path)) if found.replay_path else None
+    print(f"report: {write_report(run, video=video)}")
+    return 0
+
+
+def _replay(argv: list[str]) -> int:
+    if not argv or argv[0] != "inspect":
+        if argv and argv[0] not in ("-h", "--help"):
+            print(f"phyxdream replay: unknown command {argv[0]!r}{suggest(argv[0], ['inspect'])}", file=sys.stderr)
+        print("usage: phyxdream replay inspect PATH [--frames FILE.png]")
+        return 0 if argv and argv[0] in ("-h", "--help") else 2
+    options = tyro.cli(ReplayInspect, args=argv[1:], prog="phyxdream replay inspect")
+    from phyxdream.replay.inspect import check_picture_path, inspect, print_inspection, write_contact_sheet
+
+    if options.frames:
+        check_picture_path(options.frames)
+    found = inspect(options.path)
+    print_inspection(found, Console(highlight=False))
+    if options.frames:
+        write_contact_sheet(found, options.frames)
+        print(f"frames: {options.frames}")
     return 0
 
 

@@ -23,6 +23,11 @@ def test_train_eval_report(tmp_path, capsys):
     assert "over 3 episodes" in capsys.readouterr().out
     assert main(["report", logdir]) == 0
     assert (tmp_path / "run" / "report.html").exists()
+    sheet = tmp_path / "frames.png"
+    assert main(["replay", "inspect", logdir, "--frames", str(sheet)]) == 0
+    output = capsys.readouterr().out
+    assert "complete" in output and f"frames: {sheet}" in output and "warning" not in output
+    assert sheet.read_bytes().startswith(b"\x89PNG")
     assert main(["train", "--resume", "--logdir", logdir, "--total-steps", "150", "--quiet"]) == 0
 
 
@@ -40,6 +45,10 @@ def test_train_eval_report(tmp_path, capsys):
         (["train", "--resume", "--logdir", "nowhere"], ["nowhere"]),
         (["eval", "nowhere"], ["nowhere"]),
         (["report", "nowhere"], ["nowhere"]),
+        (["replay", "inspect", "nowhere"], ["nowhere", "does not exist"]),
+        (["replay", "inspect", "."], ["replay"]),
+        (["replay", "inspect", ".", "--frames", "sheet.gif"], ["sheet.gif", ".png"]),
+        (["replay", "inspect", ".", "--frames", "nowhere/sheet.png"], ["nowhere"]),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(arguments, words, tmp_path, monkeypatch, capsys):
@@ -55,7 +64,8 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(arguments, words, tmp_
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [(["trian"], "train"), (["train", "--lerning-rate", "1"], "--learning-rate"), ([], "usage"),
-     (["train", "--cell", "lstm"], "block_gru")],
+     (["train", "--cell", "lstm"], "block_gru"), (["replay"], "inspect"), (["replay", "inspct"], "did you mean"),
+     (["replay", "inspect"], "PATH")],
 )  # fmt: skip
 def test_wrong_usage_exits_with_2_and_the_nearest_name(arguments, word, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
