@@ -29,8 +29,12 @@ using replay::Loader;
 // key, shape, dtype, whether it is a latent
 using Spec = std::vector<std::tuple<std::string, std::vector<std::int64_t>, std::string, bool>>;
 
-// Python's signal handlers run while a thread waits in C++, so Ctrl-C ends the wait.
+unsigned long main_thread = 0;
+
+// Python's signal handlers run while the main thread waits in C++, so Ctrl-C ends the wait. Other threads have nothing to
+// ask for, and must not ask while the interpreter is shutting down.
 void poll_signals() {
+  if (PyThread_get_thread_ident() != main_thread) return;
   const py::gil_scoped_acquire acquired;
   if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
@@ -273,6 +277,7 @@ std::unique_ptr<Loader> make_loader(std::shared_ptr<Buffer> buffer, std::size_t 
 
 void bind_replay(py::module_& module) {
   using Released = py::call_guard<py::gil_scoped_release>;
+  main_thread = py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
   py::register_exception<replay::SnapshotError>(module, "ReplaySnapshotError", PyExc_RuntimeError);
   py::register_exception<replay::ClosedError>(module, "ReplayClosedError", PyExc_RuntimeError);
   py::register_exception<replay::TimeoutError>(module, "ReplayTimeoutError", PyExc_TimeoutError);

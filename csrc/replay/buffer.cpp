@@ -37,6 +37,26 @@ std::vector<Ring> make_rings(const Config& config) {
   return rings;
 }
 
+// Whether a thread that waits is one of those that a counter tells of.
+class Counted {
+ public:
+  explicit Counted(std::size_t& counter) : counter_(counter) {}
+  ~Counted() { set(false); }
+  Counted(const Counted&) = delete;
+  Counted& operator=(const Counted&) = delete;
+
+  bool is_set() const { return set_; }
+  void set(bool now) {
+    if (now && !set_) ++counter_;
+    if (!now && set_) --counter_;
+    set_ = now;
+  }
+
+ private:
+  std::size_t& counter_;
+  bool set_ = false;
+};
+
 constexpr std::uint64_t kSegmentBytes = std::uint64_t(8) << 20;
 constexpr auto kPollEvery = std::chrono::milliseconds(50);
 
@@ -98,6 +118,10 @@ bool Buffer::may_sample(std::size_t steps) const {
   return config_.limiter.samples_per_insert == 0 || budget() >= double(steps);
 }
 
+bool Buffer::has_sequences(std::size_t length) const {
+  return std::any_of(rings_.begin(), rings_.end(), [&](const Ring& ring) { return ring.size >= length; });
+}
+
 void Buffer::check_add(const std::int64_t* env_ids, std::size_t count, const std::vector<Source>& sources) {
   ++calls_;
   for (std::size_t i = 0; i < count; ++i) {
@@ -117,20 +141,14 @@ void Buffer::add(const std::int64_t* env_ids, std::size_t count, const std::vect
   Lock lock(mutex_);
   check_add(env_ids, count, sources);
   const bool limited = config_.limiter.samples_per_insert > 0;
-  // Readers that overlap would never let it through, so new draws let it go first.
-  struct Turn {
-    Buffer& buffer;
-    bool next = false;
-    void set(bool now) { buffer.overwriting_ += std::size_t(now) - std::size_t(std::exchange(next, now)); }
-    ~Turn() { set(false); }
-  } turn{*this};
+  Counted turn(overwriting_);  // readers that overlap would never let it through, so new draws let it go first
   wait(lock, poll, limited, [&] {
     const auto any = [&](bool (Ring::*awaits)() const) {
       return std::any_of(env_ids, env_ids + count, [&](std::int64_t env) { return (rings_[env].*awaits)(); });
     };
-    const bool may = (!limited || budget() <= config_.limiter.lead) && !any(&Ring::awaits_save);
+    const bool may = (!limited || budget() <= config_.limiter.lead || starving_ > 0) && !any(&Ring::awaits_save);
     turn.set(may && any(&Ring::awaits_readers));
-    return may && !turn.next;
+    return may && !turn.is_set();
   });
   for (std::size_t f = 0; f < config_.fields.size(); ++f) {
     const Source& source = sources[f];
@@ -180,17 +198,19 @@ Draw Buffer::draw(std::size_t batch, std::size_t length, const SampleOptions& op
   Lock lock(mutex_);
   check_draw(batch, length, options);
   const bool limited = config_.limiter.samples_per_insert > 0;
+  Counted starving(starving_);
   wait(lock, poll, limited, [&] {
-    if (updating_ > 0 || overwriting_ > 0 || !may_sample(batch * length)) return false;
-    return std::any_of(rings_.begin(), rings_.end(), [&](const Ring& ring) { return ring.size >= length; });
+    const bool enough = has_sequences(length);
+    if (!enough && !starving.is_set()) changed_.notify_all();  // who waits to add may go on
+    starving.set(!enough);
+    return enough && updating_ == 0 && overwriting_ == 0 && may_sample(batch * length);
   });
   return draw_now(batch, length, options);
 }
 
 std::optional<Draw> Buffer::try_draw(std::size_t batch, std::size_t length, const SampleOptions& options) {
   Lock lock(mutex_);
-  const bool enough = std::any_of(rings_.begin(), rings_.end(), [&](const Ring& ring) { return ring.size >= length; });
-  if (updating_ > 0 || overwriting_ > 0 || !enough || !may_sample(batch * length)) return std::nullopt;
+  if (updating_ > 0 || overwriting_ > 0 || !has_sequences(length) || !may_sample(batch * length)) return std::nullopt;
   return draw_now(batch, length, options);
 }
 
@@ -410,8 +430,7 @@ std::uint64_t Buffer::num_episodes() {
 
 bool Buffer::ready(std::size_t batch, std::size_t length) {
   const Lock lock(mutex_);
-  return may_sample(batch * length) &&
-         std::any_of(rings_.begin(), rings_.end(), [&](const Ring& ring) { return ring.size >= length; });
+  return may_sample(batch * length) && has_sequences(length);
 }
 
 std::vector<Span> Buffer::spans() {

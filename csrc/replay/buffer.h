@@ -23,7 +23,8 @@
 namespace phyx::replay {
 
 // Keeps the ratio of sampled to inserted steps: sampling waits for its budget,
-// samples_per_insert * (added - min_size) - sampled, and adding waits while the budget is above `lead`.
+// samples_per_insert * (added - min_size) - sampled, and adding waits while the budget is above `lead`, unless no env
+// has yet as many steps as somebody wants to sample.
 struct LimiterConfig {
   double samples_per_insert = 0;  // 0: no limiter
   std::uint64_t min_size = 1;
@@ -140,6 +141,7 @@ class Buffer {
   }
   void wait_until(Lock& lock, const Poll& poll, bool limited, const std::function<bool()>& condition);
   double budget() const;
+  bool has_sequences(std::size_t length) const;
   bool may_sample(std::size_t steps) const;
   void check_add(const std::int64_t* env_ids, std::size_t count, const std::vector<Source>& sources);
   void check_draw(std::size_t batch, std::size_t length, const SampleOptions& options) const;
@@ -166,6 +168,7 @@ class Buffer {
   std::size_t copying_ = 0;     // draws that are not finished
   std::size_t updating_ = 0;    // updates that wait for them: new draws let them go first
   std::size_t overwriting_ = 0;  // the same for adds that wait for readers only
+  std::size_t starving_ = 0;    // draws that wait for an env to have enough steps: adding goes on beyond the lead
   std::size_t waiting_ = 0;     // threads that wait for anything
   bool closed_ = false;
 

@@ -53,11 +53,19 @@ void Loader::submit(std::size_t slot, Draw draw) {
   wake_.notify_all();
 }
 
-std::size_t Loader::next(const Poll& poll) {
+std::size_t Loader::next(const Poll& caller_poll) {
   const std::lock_guard one(one_caller_);
-  {
+  const auto check_open = [&] {
     const std::lock_guard lock(mutex_);
     if (closed_) throw ClosedError("the loader was closed");
+  };
+  const Poll poll = [&] {
+    check_open();
+    if (caller_poll) caller_poll();
+  };
+  check_open();
+  {
+    const std::lock_guard lock(mutex_);
     if (held_ < slots_.size()) free_.push_back(held_);
     held_ = slots_.size();
   }

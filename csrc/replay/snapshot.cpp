@@ -23,6 +23,7 @@
 #include <random>
 #include <set>
 #include <system_error>
+#include <tuple>
 #include <utility>
 
 #include "replay/buffer.h"
@@ -739,10 +740,10 @@ std::unique_ptr<Buffer> Buffer::load(const std::string& path, const std::string&
   const auto index = [&] {
     struct stat info {};
     ::stat((path + "/" + kIndex).c_str(), &info);
-    return info.st_ino;
+    return std::make_tuple(info.st_ino, info.st_ctim.tv_sec, info.st_ctim.tv_nsec);
   };
-  for (int tries = 3;; --tries) {
-    const ino_t before = index();
+  for (int tries = 20;; --tries) {
+    const auto before = index();
     try {
       return Snapshot::load(path, directory);
     } catch (const SnapshotError&) {

@@ -21,6 +21,7 @@ from torch import Tensor
 from phyxdream import _C
 from phyxdream.errors import CheckpointError, ConfigError, suggest
 from phyxdream.replay.loader import Loader, translated_errors
+from phyxdream.replay.memory import BatchMemory
 from phyxdream.replay.selectors import Limiter, Selector, Uniform, selector_from, selector_options
 
 Spec = Mapping[str, tuple[Sequence[int], Any]]
@@ -111,6 +112,7 @@ class Replay:
         self._core = core
         self._fields = {name: (tuple(shape), dtype) for name, shape, dtype, _ in core.spec}
         self._latents = [name for name, _, _, latent in core.spec if latent]
+        self._memory = BatchMemory()
 
     # -------------------------------------------------------------------------------------------------------- adding
 
@@ -268,17 +270,19 @@ class Replay:
         self, batch_size: int, length: int, pinned: bool = False, mask: bool = False, probability: bool = False
     ) -> tuple[dict[str, Tensor], tuple[list[int], int, int, int]]:
         """Uninitialised tensors for a batch, and their addresses as the core takes them."""
-        batch = {
-            name: torch.empty((length, batch_size, *shape), dtype=getattr(torch, dtype), pin_memory=pinned)
-            for name, (shape, dtype) in self._fields.items()
-        }
-        columns = [value.data_ptr() for value in batch.values()]
-        batch["step_id"] = torch.empty((length, batch_size), dtype=torch.int64, pin_memory=pinned)
+        specs = {name: ((length, batch_size, *shape), getattr(torch, dtype))
+                 for name, (shape, dtype) in self._fields.items()}  # fmt: skip
+        specs["step_id"] = (length, batch_size), torch.int64
         if mask:
-            batch["mask"] = torch.empty((length, batch_size), dtype=torch.bool)
+            specs["mask"] = (length, batch_size), torch.bool
         if probability:
-            batch["probability"] = torch.empty(batch_size, dtype=torch.float64, pin_memory=pinned)
+            specs["probability"] = (batch_size,), torch.float64
+        if pinned:
+            batch = {k: torch.empty(shape, dtype=dtype, pin_memory=True) for k, (shape, dtype) in specs.items()}
+        else:
+            batch = self._memory.tensors(specs)
         address = lambda name: batch[name].data_ptr() if name in batch else 0  # noqa: E731
+        columns = [batch[name].data_ptr() for name in self._fields]
         return batch, (columns, address("step_id"), address("probability"), address("mask"))
 
     @property
@@ -307,15 +311,17 @@ class Replay:
         for name in chosen:
             if name not in self._fields:
                 raise ValueError(f"keys: unknown key {name!r}{suggest(str(name), names)}")
+        begin, end = self._core.spans()[env]
         result = {}
         for name in chosen:
-            shape, dtype = self._fields[name]
-            result[name] = torch.empty((count, *shape), dtype=getattr(torch, dtype))
-            if not self._core.read(env, first, count, names.index(name), result[name].data_ptr()):
-                begin, end = self._core.spans()[env]
-                raise ValueError(
-                    f"first: got steps {first} to {first + count} of env {env}, which has {begin} to {end}"
-                )
+            there = begin <= first and first + count <= end  # before memory is asked for
+            if there:
+                shape, dtype = self._fields[name]
+                result[name] = torch.empty((count, *shape), dtype=getattr(torch, dtype))
+                there = self._core.read(env, first, count, names.index(name), result[name].data_ptr())
+            if not there:
+                asked = f"steps {first} to {first + count} of env {env}"
+                raise ValueError(f"first: got {asked}, which has {begin} to {end}")
         return result
 
     # ---------------------------------------------------------------------------------------------------- writing back
@@ -413,11 +419,14 @@ class Replay:
         """
         encoded = _encoded(path)
         try:
-            core = _C.ReplayBuffer.load(encoded, _folder(directory))
+            replay = cls.__new__(cls)
+            replay._take(_C.ReplayBuffer.load(encoded, _folder(directory)))
         except (_C.ReplaySnapshotError, MemoryError) as error:
             raise CheckpointError(f"cannot load the replay from {os.fspath(path)!r}: {error}") from None
-        replay = cls.__new__(cls)
-        replay._take(core)
+        except UnicodeDecodeError:
+            raise CheckpointError(
+                f"cannot load the replay from {os.fspath(path)!r}: 'replay.index' is corrupted: a name is no text"
+            ) from None
         return replay
 
     def close(self) -> None:
@@ -542,19 +551,23 @@ def _steps_in(capacity: str, spec: list[tuple[str, tuple[int, ...], str, bool]])
         raise ValueError(
             f"capacity: got {capacity!r}, expected a number of steps, or a size such as '8 GB' or '500 MiB'"
         )
-    size = int(float(match[1]) * units[match[2].lower()])
+    size = float(match[1]) * units[match[2].lower()]
+    if size >= 2**62:
+        raise ValueError(f"capacity: got {reprlib.repr(capacity)}, more than any memory")
     try:
         step = sum(math.prod(shape) * getattr(torch, dtype).itemsize for _, shape, dtype, _ in spec)
     except AttributeError:
         return 2**62  # the core names the dtype that it does not know
     if size < step:
         raise ValueError(f"capacity: got {capacity!r}, expected room for one step at least, which has {step:,} bytes")
-    return size // step
+    return int(size) // step
 
 
 def _folder(directory: str | os.PathLike[str] | None) -> bytes:
     if directory is None:
         return b""
+    if not isinstance(directory, (str, bytes, os.PathLike)):
+        raise TypeError(f"directory: got {directory!r}, expected the path of a folder")
     if not os.path.isdir(directory):
         raise ConfigError(f"directory: {os.fspath(directory)!r} is no folder")
     return _encoded(directory)

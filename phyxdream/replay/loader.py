@@ -74,6 +74,7 @@ class Loader(Iterator[dict[str, Any]]):
 
     def close(self) -> None:
         """End the threads. Batches that were taken stay as they are; the iterator cannot be used any more."""
+        self._pieces = iter(())
         self._core.close()
 
     def __del__(self) -> None:

@@ -46,7 +46,7 @@ def n_step(batch: dict[str, Tensor], n: int, discount: float = 0.99) -> dict[str
         going = going & ~over[k - 1 : T - n + k - 1] & ~is_first[k : T - n + k]
         total = total + torch.where(going, discount ** (k - 1) * reward[k : T - n + k], 0)
         steps += going
-    tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor) and value.shape[:1] == (T,)}
+    tensors = {key: value for key, value in batch.items() if key not in ("probability", "consecutive")}
     if bool((steps == n).all()):
         last = {key: value[n:] for key, value in tensors.items()}
     else:
