@@ -5,7 +5,9 @@
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
-#include <utility>
+#include <thread>
+
+#include "parallel.h"
 
 namespace phyx::replay {
 namespace {
@@ -37,6 +39,8 @@ std::vector<Ring> make_rings(const Config& config) {
   return rings;
 }
 
+constexpr std::size_t kParallelBytes = std::size_t(4) << 20;  // below, waking a thread costs what it saves
+
 // Whether a thread that waits is one of those that a counter tells of.
 class Counted {
  public:
@@ -56,6 +60,12 @@ class Counted {
   std::size_t& counter_;
   bool set_ = false;
 };
+
+// One thread cannot take all that the memory gives; more than a few cannot take more.
+int copy_threads(std::size_t bytes) {
+  static const int most = int(std::clamp(std::thread::hardware_concurrency(), 1u, 4u));
+  return bytes >= kParallelBytes ? most : 1;
+}
 
 constexpr std::uint64_t kSegmentBytes = std::uint64_t(8) << 20;
 constexpr auto kPollEvery = std::chrono::milliseconds(50);
@@ -327,7 +337,10 @@ void Buffer::finish(const Draw& draw) {
 void Buffer::sample(std::size_t batch, std::size_t length, const SampleOptions& options, const Outputs& outputs,
                     const Poll& poll) {
   const Draw drawn = draw(batch, length, options, poll);
-  for (std::size_t b = 0; b < batch; ++b) copy(drawn, b, outputs);
+  parallel_for(std::int64_t(batch), 1, copy_threads(batch * length * storage_.step_bytes()),
+               [&](std::int64_t begin, std::int64_t end) {
+                 for (std::int64_t b = begin; b < end; ++b) copy(drawn, std::size_t(b), outputs);
+               });
   finish(drawn);
 }
 
@@ -348,22 +361,28 @@ std::size_t Buffer::update(const std::int64_t* step_ids, std::size_t count, cons
   Lock lock(mutex_);
   ++updating_;
   wait(lock, Poll(), false, [&] { return copying_ == 0; });
-  std::size_t written = 0;
+  std::vector<std::pair<std::size_t, std::size_t>> rows;  // entry, and where it goes
   for (std::size_t i = 0; i < count; ++i) {
     std::size_t env;
     std::uint64_t step;
     const Ring* ring = ring_of(step_ids[i], env, step);
     if (ring == nullptr) continue;
-    ++written;
+    rows.emplace_back(i, ring->row(step));
     latents_dirty(env, step) = 1;
-    for (std::size_t k = 0; k < fields.size(); ++k) {
-      const std::size_t bytes = storage_.item_bytes(fields[k]);
-      std::memcpy(storage_.at(fields[k], ring->row(step)), values[k] + i * bytes, bytes);
-    }
+  }
+  for (std::size_t k = 0; k < fields.size(); ++k) {
+    const std::size_t bytes = storage_.item_bytes(fields[k]);
+    // Every thread takes a part of each entry, so that of two for one step the later one stays.
+    const int threads = copy_threads(rows.size() * bytes);
+    const std::size_t part = (bytes + std::size_t(threads) - 1) / std::size_t(threads);
+    parallel_for(std::int64_t(bytes), std::int64_t(part), threads, [&](std::int64_t begin, std::int64_t end) {
+      for (const auto& [entry, row] : rows)
+        std::memcpy(storage_.at(fields[k], row) + begin, values[k] + entry * bytes + begin, std::size_t(end - begin));
+    });
   }
   --updating_;
   if (waiting_ > 0) changed_.notify_all();
-  return written;
+  return rows.size();
 }
 
 std::size_t Buffer::prioritize(const std::int64_t* step_ids, std::size_t count, const double* values) {
