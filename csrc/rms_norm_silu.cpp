@@ -6,16 +6,15 @@
 //
 // Rows are contiguous and may lie anywhere. A row is read from memory once and then from L1 for every further loop.
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include "bindings.h"
+#include "exp_log.h"
 #include "parallel.h"
+#include "rows.h"
 #include "simd.h"
-#include "strided.h"
 
 namespace py = pybind11;
 
@@ -25,27 +24,6 @@ namespace {
 constexpr int64_t kLanes = 16;           // sums run in this many columns, whatever the width of the registers
 constexpr int64_t kChunk = 1 << 15;      // elements per chunk of rows: some 8 µs, worth waking a thread for
 constexpr int64_t kLeastChunkRows = 16;  // keeps the partial sums of grad_w small beside the rows
-
-// e^-u for |u| <= 87, where neither it nor its inverse leaves the normal floats; relative error below 1.5e-7.
-// e^t = 2^k e^f with k = round(t / ln 2); e^f by the polynomial of degree 6 of least relative error on ±ln(2)/2.
-PHYX_INLINE float exp_of_minus(float u) {
-  constexpr float round = 12582912.0f;  // 1.5·2^23: adding it leaves the nearest integer in the low bits
-  const float shifted = u * -1.44269504f + round, k = shifted - round;
-  const float f = (-u - k * 0.693145752f) - k * 1.42860677e-6f;  // ln 2 in two parts, the first exact times k
-  float p = 0.00138368458f;
-  p = p * f + 0.00837481581f;
-  p = p * f + 0.0416682251f;
-  p = p * f + 0.166664198f;
-  p = p * f + 0.499999911f;
-  p = p * f + 1.0f;
-  p = p * f + 1.0f;
-  uint32_t bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits + 127) << 23;  // the exponent field of 2^k
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
-  return p * power;
-}
 
 // Outside ±87 SiLU is 0 or u to the last bit of a float32; NaN passes through.
 PHYX_INLINE float at_least(float u) { return u < -87.0f ? -87.0f : u; }
@@ -105,48 +83,6 @@ namespace {
 
 enum Forward { kY, kX, kForwardCount };
 enum Backward { kGradX, kGrad, kXIn, kBackwardCount };
-
-// The rows of (..., size) tensors: `steps` is the last axis, columns are the leading ones.
-template <int Count>
-struct Rows : Grid<Count> {
-  int64_t count = 1;
-
-  Rows(const py::tuple& shape, const std::array<py::handle, Count>& views) {
-    const int dims = static_cast<int>(shape.size());
-    if (dims < 1 || dims > kMaxDims) throw std::invalid_argument("shape: expected 1 to 64 dimensions");
-    this->column_dims = dims - 1;
-    this->steps = PyLong_AsLongLong(shape[dims - 1].ptr());
-    for (int d = 0; d < this->column_dims; ++d)
-      count *= this->size[d] = PyLong_AsLongLong(shape[d].ptr());
-    for (int i = 0; i < Count; ++i) {
-      const auto view = py::reinterpret_borrow<py::tuple>(views[i]);
-      const auto strides = py::reinterpret_borrow<py::tuple>(view[1]);
-      if (static_cast<int>(strides.size()) != dims) throw std::invalid_argument("strides do not fit shape");
-      this->data[i] = static_cast<char*>(PyLong_AsVoidPtr(view[0].ptr()));
-      for (int d = 0; d < this->column_dims; ++d) this->stride[d][i] = PyLong_AsLongLong(strides[d].ptr());
-    }
-    this->collapse();
-  }
-
-  // Calls body(rows, addresses of the first) for every stretch of [begin, end) that one stride walks.
-  template <typename Body>
-  void for_each_run(int64_t begin, int64_t end, Body&& body) const {
-    const int innermost = this->column_dims - 1;
-    while (begin < end) {
-      std::array<float*, Count> row;
-      for (int i = 0; i < Count; ++i) row[i] = reinterpret_cast<float*>(this->data[i]);
-      int64_t rest = begin, run = 0;
-      for (int d = innermost; d >= 0; --d) {
-        const int64_t index = rest % this->size[d];
-        rest /= this->size[d];
-        for (int i = 0; i < Count; ++i) row[i] += index * this->stride[d][i];
-        if (d == innermost) run = std::min(end - begin, this->size[d] - index);
-      }
-      body(run, row);
-      begin += run;
-    }
-  }
-};
 
 int64_t rows_per_chunk(int64_t size) { return std::max(kLeastChunkRows, kChunk / size); }
 

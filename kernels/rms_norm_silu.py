@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from phyxdream.kernels.rows import flat, memory_order, written
 from torch import Tensor
 
 TILE = 4096  # elements per tile, where rows are short enough for several
@@ -108,21 +109,21 @@ def plan(rows: int, size: int) -> Plan:
 
 def forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     y = torch.empty_like(x)
-    order = _memory_order(x)
-    flat_x, flat_y = _flat(x, order), _flat(y, order)
+    order = memory_order(x)
+    flat_x, flat_y = flat(x, order), flat(y, order)
     rows, size = flat_x.shape
     p = plan(rows, size)
     forward_kernel[(p.programs,)](
         flat_y, flat_x, weight.contiguous(), rows, size, eps, *flat_y.stride(), *flat_x.stride(), ROWS=p.rows,
         COLUMNS=p.columns, num_warps=p.warps,
     )  # fmt: skip
-    return _written(y, flat_y, order)
+    return written(y, flat_y, order)
 
 
 def backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     grad_x = torch.empty_like(x)
-    order = _memory_order(x)
-    flat_grad, flat_x, flat_grad_x = _flat(grad, order), _flat(x, order), _flat(grad_x, order)
+    order = memory_order(x)
+    flat_grad, flat_x, flat_grad_x = flat(grad, order), flat(x, order), flat(grad_x, order)
     rows, size = flat_x.shape
     p = plan(rows, size)
     shares = torch.empty(p.backward_programs, size, dtype=torch.float32, device=x.device)
@@ -130,22 +131,4 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tenso
         flat_grad_x, shares, flat_grad, flat_x, weight.contiguous(), rows, size, eps, *flat_grad_x.stride(),
         *flat_grad.stride(), *flat_x.stride(), ROWS=p.rows, COLUMNS=p.columns, num_warps=p.warps,
     )  # fmt: skip
-    return _written(grad_x, flat_grad_x, order), shares.sum(0).to(weight.dtype)
-
-
-def _memory_order(x: Tensor) -> list[int]:
-    """The axes with rows as they lie in memory, so that a dense tensor of any layout is one (rows, size) view."""
-    return [*sorted(range(x.dim() - 1), key=lambda axis: -x.stride(axis)), x.dim() - 1]
-
-
-def _flat(x: Tensor, order: list[int]) -> Tensor:
-    """(rows, size): a view where the rows have one stride in this order, otherwise a copy."""
-    return x.permute(order).reshape(-1, x.shape[-1])
-
-
-def _written(y: Tensor, flat: Tensor, order: list[int]) -> Tensor:
-    """`y` with what was written to its flat form, which may be a copy."""
-    if flat.data_ptr() != y.data_ptr():
-        permuted = y.permute(order)
-        permuted.copy_(flat.view(permuted.shape))
-    return y
+    return written(grad_x, flat_grad_x, order), shares.sum(0).to(weight.dtype)

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from phyxdream import ops
 from phyxdream.nn.layers import symexp, symlog
 from phyxdream.nn.rssm import State
+from phyxdream.ops.balanced_kl import categorical_kl, gaussian_kl
 
 LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -27,31 +29,22 @@ class TwoHotSymlog:
     """
 
     def __init__(self, logits: Tensor, bins: Tensor):
-        self.logp, self.bins = torch.log_softmax(logits, -1), bins
+        self.logits, self.bins = logits, bins
 
     @property
     def mode(self) -> Tensor:
-        """(...): the expectation. Summed pairwise from the centre, so that equal bins on both sides cancel exactly."""
-        probs = self.logp.exp()
-        half = self.bins.shape[0] // 2
-        low, high = (probs * self.bins)[..., :half], (probs * self.bins)[..., half + self.bins.shape[0] % 2 :]
-        return (low.flip(-1) + high).sum(-1)
+        """(...): the expectation; exactly 0 where the logits are equal."""
+        return ops.two_hot_mean(self.logits, self.bins)
 
     mean = mode
 
     def log_prob(self, target: Tensor) -> Tensor:
         """(...): log-likelihood of the target split over its two neighbouring bins; no gradient to the target."""
-        target = target.detach().to(self.bins.dtype)
-        above = torch.searchsorted(self.bins, target.contiguous()).clamp(1, self.bins.shape[0] - 1)
-        below = above - 1
-        low, high = self.bins[below], self.bins[above]
-        weight = ((target - low) / (high - low)).clamp(0, 1)
-        pick = torch.gather(self.logp, -1, torch.stack([below, above], -1))
-        return pick[..., 0] * (1 - weight) + pick[..., 1] * weight
+        return -self.loss(target)
 
     def loss(self, target: Tensor) -> Tensor:
         """(...): cross-entropy against the two-hot target."""
-        return -self.log_prob(target)
+        return ops.two_hot_loss(self.logits, target.to(self.bins.dtype), self.bins)
 
 
 def symexp_bins(count: int = 255, limit: float = 20.0) -> Tensor:
@@ -186,17 +179,8 @@ def kl_divergence(p: State, q: State, unimix: float = 0.0) -> Tensor:
     Categorical states are compared after `unimix`; Gaussian states use mean and std.
     """
     if p.logits is not None:
-        p_logits, q_logits = _mixed_log_probs(p.logits, unimix), _mixed_log_probs(q.logits, unimix)
-        return (p_logits.exp() * (p_logits - q_logits)).sum((-2, -1))
-    ratio = (p.std / q.std).square()
-    distance = ((p.mean - q.mean) / q.std).square()
-    return 0.5 * (ratio + distance - 1 - ratio.log()).sum(-1)
-
-
-def _mixed_log_probs(logits: Tensor, unimix: float) -> Tensor:
-    if not unimix:
-        return torch.log_softmax(logits, -1)
-    return torch.log((1 - unimix) * torch.softmax(logits, -1) + unimix / logits.shape[-1])
+        return categorical_kl(p.logits, q.logits, unimix)
+    return gaussian_kl(p.mean, p.std, q.mean, q.std)
 
 
 def balanced_kl(post: State, prior: State, free_nats: float = 1.0, unimix: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -207,8 +191,6 @@ def balanced_kl(post: State, prior: State, free_nats: float = 1.0, unimix: float
 
     DreamerV3 clips every step; V1 and V2 clip the mean, which is `free_nats=0` here and a clamp after the mean.
     """
-    dynamics = kl_divergence(post.detach(), prior, unimix)
-    representation = kl_divergence(post, prior.detach(), unimix)
-    if free_nats:
-        dynamics, representation = dynamics.clamp(min=free_nats), representation.clamp(min=free_nats)
-    return dynamics, representation
+    if post.logits is not None:
+        return ops.balanced_kl(post.logits, prior.logits, free_nats, unimix)
+    return ops.balanced_kl_gaussian(post.mean, post.std, prior.mean, prior.std, free_nats)

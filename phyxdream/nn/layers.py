@@ -13,7 +13,7 @@ from phyxdream.errors import ConfigError, suggest
 
 ACTIVATIONS = {"silu": nn.SiLU, "elu": nn.ELU, "relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh}
 NORMS = ("rms", "layer", "none")
-RMS_EPS = 1e-4
+RMS_EPS, LAYER_EPS = 1e-4, 1e-3
 
 
 def activation(name: str) -> nn.Module:
@@ -28,7 +28,7 @@ def norm(name: str, size: int) -> nn.Module:
     if name == "rms":
         return nn.RMSNorm(size, eps=RMS_EPS)
     if name == "layer":
-        return nn.LayerNorm(size, eps=1e-3)
+        return nn.LayerNorm(size, eps=LAYER_EPS)
     if name == "none":
         return nn.Identity()
     raise ConfigError(f"norm: expected one of {list(NORMS)}, got {name!r}{suggest(name, NORMS)}")

@@ -15,10 +15,11 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from phyxdream import ops
 from phyxdream.errors import ConfigError, suggest
-from phyxdream.nn.layers import MLP, BlockLinear, Dense, linear, norm, norm_act
+from phyxdream.nn.layers import LAYER_EPS, MLP, RMS_EPS, BlockLinear, Dense, linear, norm, norm_act
+from phyxdream.ops import rssm_cells
 
 
 @dataclass
@@ -78,45 +79,61 @@ class Trajectory:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Cells. `embed_action` is all that does not depend on the recurrent state, so a scan calls it once for all T.
+# Cells: parameters under the names of the state dict. Their equations are those of `phyxdream.ops.rssm_cells`.
 
 
-class GRU(nn.Module):
+class Cell(nn.Module):
+    """What all cells share. `embed_action` is all that does not depend on the recurrent state, so a scan calls it once
+    for all T."""
+
+    options: rssm_cells.Options
+
+    def weights(self) -> rssm_cells.CellWeights:
+        """The parameters as the ops take them."""
+        raise NotImplementedError
+
+    def embed_action(self, action: Tensor) -> Tensor:
+        return rssm_cells.embed_action(self.weights(), action, self.options)
+
+    def forward(self, deter: Tensor, stoch: Tensor, embedded_action: Tensor) -> Tensor:
+        return rssm_cells.step(self.weights(), deter, stoch, embedded_action, self.options)
+
+
+class GRU(Cell):
     """x = act(W [z, a]); h' = GRUCell(x, h) (PlaNet, DreamerV1)."""
 
     def __init__(self, deter: int, stoch: int, action: int, hidden: int, blocks: int, act: str, norm_: str):
         super().__init__()
         self.in_stoch, self.in_action = _split_linear(stoch, action, hidden, bias=True)
-        self.norm, self.act = norm_act(norm_, hidden, act)
+        self.norm, _ = norm_act(norm_, hidden, act)
         self.gru = nn.GRUCell(hidden, deter)
 
-    def embed_action(self, action: Tensor) -> Tensor:
-        return self.in_action(action)
+    def weights(self) -> rssm_cells.GRUWeights:
+        gru = self.gru
+        return rssm_cells.GRUWeights(
+            self.in_stoch.weight, self.in_action.weight, self.in_action.bias, *_affine(self.norm),
+            gru.weight_ih, gru.weight_hh, gru.bias_ih, gru.bias_hh,
+        )  # fmt: skip
 
-    def forward(self, deter: Tensor, stoch: Tensor, embedded_action: Tensor) -> Tensor:
-        return self.gru(self.act(self.norm(self.in_stoch(stoch) + embedded_action)), deter)
 
-
-class LayerNormGRU(nn.Module):
+class LayerNormGRU(Cell):
     """x = act(norm(W [z, a])); [r, c, u] = LN(W [x, h]); h' = u·tanh(r·c) + (1−u)·h, u biased by −1 (DreamerV2)."""
 
     def __init__(self, deter: int, stoch: int, action: int, hidden: int, blocks: int, act: str, norm_: str):
         super().__init__()
         self.in_stoch, self.in_action = _split_linear(stoch, action, hidden, bias=norm_ != "layer")
-        self.norm, self.act = norm_act(norm_, hidden, act)
+        self.norm, _ = norm_act(norm_, hidden, act)
         self.gates = linear(hidden + deter, 3 * deter, bias=False)
         self.gates_norm = norm("layer", 3 * deter)
 
-    def embed_action(self, action: Tensor) -> Tensor:
-        return self.in_action(action)
-
-    def forward(self, deter: Tensor, stoch: Tensor, embedded_action: Tensor) -> Tensor:
-        x = self.act(self.norm(self.in_stoch(stoch) + embedded_action))
-        reset, candidate, update = self.gates_norm(self.gates(torch.cat([x, deter], -1))).chunk(3, -1)
-        return _gru_update(deter, reset, candidate, update)
+    def weights(self) -> rssm_cells.LayerNormGRUWeights:
+        return rssm_cells.LayerNormGRUWeights(
+            self.in_stoch.weight, self.in_action.weight, self.in_action.bias, *_affine(self.norm),
+            self.gates.weight, *_affine(self.gates_norm),
+        )  # fmt: skip
 
 
-class BlockGRU(nn.Module):
+class BlockGRU(Cell):
     """Dense blocks on h, z and a; then per block [h_b, x] → hidden → gates, all block-diagonal (current DreamerV3).
 
     The first block layer is written as a block-diagonal map of h plus a full map of the shared inputs x: the same
@@ -125,26 +142,27 @@ class BlockGRU(nn.Module):
 
     def __init__(self, deter: int, stoch: int, action: int, hidden: int, blocks: int, act: str, norm_: str):
         super().__init__()
-        self.blocks = blocks
         self.in_deter = Dense(deter, hidden, act, norm_)
         self.in_stoch = Dense(stoch, hidden, act, norm_)
         self.in_action = Dense(action, hidden, act, norm_)
         fan_in = deter + blocks * 3 * hidden  # of the one block-diagonal map these two are
         self.mix_deter = BlockLinear(deter, deter, blocks, bias=False, fan_in=fan_in)
         self.mix_inputs = linear(3 * hidden, deter, scale=(3 * hidden / fan_in) ** 0.5)
-        self.norm, self.act = norm_act(norm_, deter, act)
+        self.norm, _ = norm_act(norm_, deter, act)
         self.gates = BlockLinear(deter, 3 * deter, blocks)
 
-    def embed_action(self, action: Tensor) -> Tensor:
-        return self.in_action(action / action.detach().abs().clamp(min=1))
+    def weights(self) -> rssm_cells.BlockGRUWeights:
+        inputs = (self.in_deter, self.in_stoch, self.in_action)
+        return rssm_cells.BlockGRUWeights(
+            *(x for dense in inputs for x in (dense[0].weight, dense[0].bias, *_affine(dense[1]))),
+            self.mix_deter.weight, self.mix_inputs.weight, self.mix_inputs.bias, *_affine(self.norm),
+            self.gates.weight, self.gates.bias,
+        )  # fmt: skip
 
-    def forward(self, deter: Tensor, stoch: Tensor, embedded_action: Tensor) -> Tensor:
-        inputs = torch.cat([self.in_deter(deter), self.in_stoch(stoch), embedded_action], -1)
-        x = self.act(self.norm(self.mix_deter(deter) + self.mix_inputs(inputs)))
-        # Gates are split inside each block, so the three gates of one block come from the same weights.
-        gates = self.gates(x).unflatten(-1, (self.blocks, 3, -1))  # (..., G, 3, D/G)
-        reset, candidate, update = (gate.flatten(-2) for gate in gates.unbind(-2))
-        return _gru_update(deter, reset, candidate, update)
+
+def _affine(norm_: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """Gain and shift of a norm, None where it has none."""
+    return getattr(norm_, "weight", None), getattr(norm_, "bias", None)
 
 
 def _split_linear(stoch: int, action: int, hidden: int, bias: bool) -> tuple[nn.Linear, nn.Linear]:
@@ -154,11 +172,6 @@ def _split_linear(stoch: int, action: int, hidden: int, bias: bool) -> tuple[nn.
         linear(stoch, hidden, bias=False, scale=(stoch / total) ** 0.5),
         linear(action, hidden, bias=bias, scale=(action / total) ** 0.5),
     )
-
-
-def _gru_update(deter: Tensor, reset: Tensor, candidate: Tensor, update: Tensor) -> Tensor:
-    candidate = torch.tanh(torch.sigmoid(reset) * candidate)
-    return torch.lerp(deter, candidate, torch.sigmoid(update - 1))
 
 
 @dataclass(frozen=True)
@@ -246,6 +259,7 @@ class RSSM(nn.Module):
         statistics = stoch_size * (classes or 2)
         self.feature_size = deter_size + flat
         self.cell = default.module(deter_size, flat, action_size, hidden_size, blocks, act, norm)
+        self.cell.options = rssm_cells.Options(act, unimix, min_std, RMS_EPS, LAYER_EPS)
         self.prior = nn.Sequential(
             MLP(deter_size, hidden_size, prior_layers or default.prior_layers, act, norm),
             linear(hidden_size, statistics),
@@ -279,30 +293,24 @@ class RSSM(nn.Module):
 
     def probs(self, logits: Tensor) -> Tensor:
         """Class probabilities (..., S, C): (1 − unimix)·softmax(logits) + unimix / C."""
-        p = torch.softmax(logits, -1)
-        return torch.lerp(p, torch.full((), 1 / self.classes, dtype=p.dtype, device=p.device), self.unimix)
+        return rssm_cells.class_probabilities(logits, self.unimix)
 
     def _race(self, noise: Tensor) -> Tensor:
-        """Uniform noise as exponential arrival times: argmin(time / p) is the Gumbel-max sample, one log cheaper."""
-        return noise.log().neg_().clamp_min_(torch.finfo(noise.dtype).tiny) if self.classes else noise
+        return rssm_cells.arrival_times(noise) if self.classes else noise
 
     def _distribution(self, statistics: Tensor) -> dict[str, Tensor]:
         """The fields of a `State` that describe its distribution, from raw outputs (..., S·C) or (..., 2S)."""
         if self.classes:
             return dict(logits=statistics.unflatten(-1, (self.stoch_size, self.classes)))
         mean, raw = statistics.chunk(2, -1)
-        return dict(mean=mean, std=F.softplus(raw) + self.min_std)
-
-    def _straight_through(self, p: Tensor, index: Tensor) -> Tensor:
-        onehot = torch.zeros_like(p).scatter_(-1, index, 1.0)
-        return onehot + (p - p.detach()) if p.requires_grad else onehot
+        return dict(mean=mean, std=rssm_cells.deviation(raw, self.min_std))
 
     def _sample(self, deter: Tensor, statistics: Tensor, race: Tensor) -> State:
         """The state at `deter` with z drawn from its distribution, reparameterised by the noise."""
         distribution = self._distribution(statistics)
         if self.classes:
             p = self.probs(distribution["logits"])
-            stoch = self._straight_through(p, (race / p.detach()).argmin(-1, keepdim=True))
+            stoch = rssm_cells.straight_through(p, (race / p.detach()).argmin(-1, keepdim=True))
         else:
             stoch = distribution["mean"] + distribution["std"] * race
         return State(deter, stoch, **distribution)
@@ -311,7 +319,7 @@ class RSSM(nn.Module):
         distribution = self._distribution(statistics)
         if self.classes:
             p = self.probs(distribution["logits"])
-            stoch = self._straight_through(p, p.argmax(-1, keepdim=True))
+            stoch = rssm_cells.straight_through(p, p.argmax(-1, keepdim=True))
         else:
             stoch = distribution["mean"]
         return State(deter, stoch, **distribution)
@@ -364,25 +372,20 @@ class RSSM(nn.Module):
         self._check(is_first, "is_first", (T, B))
         if state is not None:
             self._check_state(state, B)
-        race = self._race(self._noise(noise, T, B, generator))
-        start = self.initial(B)
-        deter, stoch = (start.deter, start.stoch) if state is None else (state.deter, state.stoch)
-        first = is_first.bool().unsqueeze(-1)  # (T, B, 1)
-        first_stoch = first.unsqueeze(-1) if self.classes else first
-        # Hoisted out of the loop: the action's layer, and the embedding's half of the posterior's first layer.
-        actions = self.cell.embed_action(torch.where(first, 0.0, action))
-        layer, norm_, act = self.posterior_in
-        embeds = F.linear(embed, layer.weight[:, self.deter_size :], layer.bias)
-        weight = layer.weight[:, : self.deter_size]
-        states = []
-        for t in range(T):
-            deter = torch.where(first[t], start.deter, deter)
-            stoch = torch.where(first_stoch[t], start.stoch, stoch)
-            deter = self.cell(deter, stoch.flatten(1), actions[t])
-            statistics = self.posterior_out(act(norm_(F.linear(deter, weight) + embeds[t])))
-            states.append(self._sample(deter, statistics, race[t]))
-            stoch = states[-1].stoch
-        return State.stack(states)
+        noise = self._noise(noise, T, B, generator)
+        start = self.initial(1)[0]
+        if state is None:
+            state = start.map(lambda x: x.expand(B, *x.shape))
+        layer, norm_, _ = self.posterior_in
+        posterior = rssm_cells.PosteriorWeights(
+            layer.weight, layer.bias, *_affine(norm_), self.posterior_out.weight, self.posterior_out.bias
+        )
+        deter, stoch, *distribution = ops.rssm_observe(
+            embed, action, is_first.bool(), state.deter, state.stoch, noise, self.cell.weights(), posterior,
+            initial_deter=start.deter, initial_stoch=start.stoch, **self.cell.options._asdict(),
+        )  # fmt: skip
+        names = ("logits",) if self.classes else ("mean", "std")
+        return State(deter, stoch, **dict(zip(names, distribution, strict=True)))
 
     def imagine(
         self,

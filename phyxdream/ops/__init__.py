@@ -1,7 +1,26 @@
 """The fused ops: one file per op, each with a readable reference and faster implementations of the same contract."""
 
 from phyxdream.ops.backend import BackendError, explain, use_backend
+from phyxdream.ops.balanced_kl import balanced_kl, balanced_kl_gaussian
 from phyxdream.ops.lambda_return import lambda_return
 from phyxdream.ops.rms_norm_silu import rms_norm_silu
+from phyxdream.ops.rssm_cells import BlockGRUWeights, GRUWeights, LayerNormGRUWeights, PosteriorWeights
+from phyxdream.ops.rssm_observe import rssm_observe
+from phyxdream.ops.two_hot_loss import two_hot_loss, two_hot_mean
 
-__all__ = ["BackendError", "explain", "lambda_return", "rms_norm_silu", "use_backend"]
+__all__ = [
+    "BackendError",
+    "BlockGRUWeights",
+    "GRUWeights",
+    "LayerNormGRUWeights",
+    "PosteriorWeights",
+    "balanced_kl",
+    "balanced_kl_gaussian",
+    "explain",
+    "lambda_return",
+    "rms_norm_silu",
+    "rssm_observe",
+    "two_hot_loss",
+    "two_hot_mean",
+    "use_backend",
+]

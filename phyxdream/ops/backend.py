@@ -163,6 +163,7 @@ class Backend:
         backward: as `Op.backward_schema`.
         refuse: why it cannot take these arguments; an empty string when it can.
         plan: what it would launch for these arguments, in a few words.
+        slower: why the reference is faster for arguments that it can take, so that only force brings it; else "".
     """
 
     name: str
@@ -170,6 +171,7 @@ class Backend:
     backward: Callable[..., Any]
     refuse: Callable[..., str]
     plan: Callable[..., str]
+    slower: Callable[..., str] = lambda *args: ""
 
 
 @dataclass(frozen=True)
@@ -261,7 +263,7 @@ class Op:
                 return None
             for backend in self.automatic:
                 if not backend.refuse(*args):
-                    return backend
+                    return None if backend.slower(*args) else backend
             return None
         if forced not in self.backends:
             raise BackendError(f"{self.name}: backend {forced!r} was forced, but this op has no such implementation")
@@ -274,7 +276,8 @@ class Op:
         forced = _forced.get()
         transformed = _refuse_transforms()
         refusals = {name: transformed or backend.refuse(*args) for name, backend in self.backends.items()}
-        able = [name for name in self.backends if not refusals[name]]
+        slower = {name: "" if refusals[name] else backend.slower(*args) for name, backend in self.backends.items()}
+        able = [name for name in self.backends if not refusals[name] and not slower[name]]
         chosen = forced or (able[0] if able else "reference")
         reasons = {"reference": "plain PyTorch; takes every call, slower than the others"}
         for name in BACKENDS[1:]:
@@ -284,6 +287,8 @@ class Op:
                 reasons[name] = (
                     f"cannot: {refusals[name]}" if refusals[name] else f"can: {self.backends[name].plan(*args)}"
                 )
+                if slower[name]:
+                    reasons[name] += f"; slower than the reference: {slower[name]}"
         if forced:
             reasons[forced] += " (forced by use_backend or PHYXDREAM_BACKEND)"
         return Explanation(self.name, chosen, reasons)
@@ -320,13 +325,17 @@ def _eager_function(name, save, backward, registered_backward):
             *args, ctx.backend = args_and_backend
             output = ctx.backend.forward(*args)
             save(ctx, args, output)
+            if isinstance(output, torch.Tensor):
+                ctx.set_materialize_grads(False)  # as torch's own ops: where no gradient comes in, none goes out
             return output
 
         @staticmethod
         def backward(ctx, *grads):
+            if all(g is None for g in grads):
+                return (None,) * len(ctx.needs_input_grad)
             # With create_graph the registered op goes into the graph: it knows how to refuse a second derivative.
             ctx.run_backward = registered_backward if torch.is_grad_enabled() else ctx.backend.backward
-            return *backward(ctx, *[g.resolve_neg() for g in grads]), None
+            return *backward(ctx, *[None if g is None else g.resolve_neg() for g in grads]), None
 
     Function.__name__ = Function.__qualname__ = name
     return Function

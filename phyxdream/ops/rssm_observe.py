@@ -1,0 +1,343 @@
+"""The observe scan of an RSSM: T steps of cell, posterior and sample, with resets inside.
+
+    h_t, z_t = is_first_t ? initial : h_{t-1}, z_{t-1}        a_t = is_first_t ? 0 : action_t
+    h_t = cell(h_{t-1}, z_{t-1}, a_t)                         statistics_t = posterior(h_t, embed_t)
+    z_t ~ q(statistics_t), drawn by the given noise
+
+The equations of the cells are in phyxdream/ops/rssm_cells.py. C++ in csrc/rssm_observe.cpp, called by
+phyxdream/ops/rssm_observe_cpu.py.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from phyxdream.ops import rssm_cells, rssm_observe_cpu
+from phyxdream.ops.backend import Backend, Op
+from phyxdream.ops.contract import FLOATING, HALF
+from phyxdream.ops.rssm_cells import CELLS, CellWeights, Options, PosteriorWeights, Sizes
+
+
+def rssm_observe(
+    embed: Tensor,
+    action: Tensor,
+    is_first: Tensor,
+    deter: Tensor,
+    stoch: Tensor,
+    noise: Tensor,
+    cell: CellWeights,
+    posterior: PosteriorWeights,
+    *,
+    initial_deter: Tensor | None = None,
+    initial_stoch: Tensor | None = None,
+    act: str | None = None,
+    unimix: float = 0.01,
+    min_std: float = 0.1,
+    rms_eps: float = 1e-4,
+    layer_eps: float = 1e-3,
+) -> tuple[Tensor, ...]:
+    """Posterior states of a sequence, differentiable once in every tensor but `is_first` and `noise`.
+
+    Latents are categorical where `noise` is (T, B, S, C) and Gaussian where it is (T, B, S). Categorical samples are
+    one-hot with the straight-through gradient of p = (1 - unimix) softmax(logits) + unimix / C; Gaussian ones are
+    mean + std · noise with std = softplus(raw) + min_std.
+
+    Args:
+        embed: (T, B, E) float32 or float64, any strides.
+        action: (T, B, A); `action[t]` led to observation t.
+        is_first: (T, B) bool; where true, the state and the action are reset before the step.
+        deter: (B, D) state before the first step.
+        stoch: (B, S, C) or (B, S).
+        noise: (T, B, S, C) uniform in [0, 1), or (T, B, S) standard normal.
+        cell: `GRUWeights`, `LayerNormGRUWeights` or `BlockGRUWeights`; which one says which cell it is.
+        posterior: `PosteriorWeights`.
+        initial_deter: (D,) where a reset leads; None is zeros.
+        initial_stoch: (S, C) or (S,) alike.
+        act: activation of all layers, `silu`, `elu`, `relu`, `gelu` or `tanh`; None is the cell's own: `elu` for a
+            GRU, else `silu`.
+        unimix: share in [0, 1) of the uniform distribution in categorical latents.
+        min_std: what is added to the standard deviation of Gaussian latents.
+        rms_eps, layer_eps: added to the mean square or variance by the two kinds of norm.
+
+    Returns:
+        deter (T, B, D), stoch (T, B, S, C) and logits (T, B, S, C) before unimix; or deter, stoch (T, B, S), mean and
+        std (T, B, S).
+
+    Raises:
+        TypeError: an argument is of another type, or the dtypes differ (inside autocast, all become float32).
+        ValueError: a shape does not fit, the devices differ, a tensor is empty, or an option is out of range.
+
+    Source: Hafner et al., "Learning Latent Dynamics for Planning from Pixels", 2019 (`GRUWeights`, Gaussian);
+    "Mastering Atari with Discrete World Models", 2021 (`LayerNormGRUWeights`, straight-through); danijar/dreamerv3,
+    rssm.py (`BlockGRUWeights`, unimix).
+
+    >>> from phyxdream.ops import GRUWeights, PosteriorWeights
+    >>> T, B, E, A, D, S, C, U = 5, 2, 3, 1, 4, 2, 3, 6
+    >>> cell = GRUWeights(torch.randn(U, S * C), torch.randn(U, A), torch.zeros(U), None, None,
+    ...                   torch.randn(3 * D, U), torch.randn(3 * D, D), torch.zeros(3 * D), torch.zeros(3 * D))
+    >>> posterior = PosteriorWeights(torch.randn(U, D + E), torch.zeros(U), None, None,
+    ...                              torch.randn(S * C, U), torch.zeros(S * C))
+    >>> deter, stoch, logits = rssm_observe(
+    ...     torch.randn(T, B, E), torch.randn(T, B, A), torch.zeros(T, B, dtype=torch.bool), torch.zeros(B, D),
+    ...     torch.zeros(B, S, C), torch.rand(T, B, S, C), cell, posterior)
+    >>> deter.shape, stoch.shape, stoch.sum(-1).unique()
+    (torch.Size([5, 2, 4]), torch.Size([5, 2, 2, 3]), tensor([1.]))
+    """
+    args = _prepare(
+        embed, action, is_first, deter, stoch, noise, cell, posterior, initial_deter=initial_deter,
+        initial_stoch=initial_stoch, act=act, unimix=unimix, min_std=min_std, rms_eps=rms_eps, layer_eps=layer_eps,
+    )  # fmt: skip
+    deter, stoch, statistics = _op(*args)[:3]
+    if noise.dim() == 4:
+        return deter, stoch, statistics.unflatten(-1, noise.shape[2:])
+    mean, raw = statistics.chunk(2, -1)
+    return deter, stoch, mean, rssm_cells.deviation(raw, min_std)
+
+
+# Arguments of the schema: eight tensors, then the weights of cell and posterior in the order of their fields, padded
+# with None to as many as the largest cell has, then the name of the cell and the options.
+_TENSORS = ("embed", "action", "is_first", "deter", "stoch", "noise", "initial_deter", "initial_stoch")
+_WEIGHTS = max(len(cell._fields) for cell in CELLS.values()) + len(PosteriorWeights._fields)
+_INPUTS = ", ".join(
+    [f"Tensor {name}" for name in _TENSORS]
+    + [f"Tensor? w{i}" for i in range(_WEIGHTS)]
+    + ["str cell", "str act", "float unimix", "float min_std", "float rms_eps", "float layer_eps"]
+)
+# Beside the results, what the backward needs: the tape (floats, laid out by whoever wrote it) and the sampled classes.
+_SCHEMA = f"({_INPUTS}) -> (Tensor deter_out, Tensor stoch_out, Tensor statistics, Tensor tape, Tensor index)"
+_BACKWARD_SCHEMA = (
+    "(Tensor? grad_deter, Tensor? grad_stoch, Tensor? grad_statistics, Tensor deter_out, Tensor stoch_out, "
+    f"Tensor statistics, Tensor tape, Tensor index, {_INPUTS}) -> Tensor[]"
+)
+_DIFFERENTIABLE = [i for i in range(len(_TENSORS) + _WEIGHTS) if i not in (2, 5)]
+
+
+def _prepare(
+    embed, action, is_first, deter, stoch, noise, cell, posterior, *, initial_deter=None, initial_stoch=None, act=None,
+    unimix=0.01, min_std=0.1, rms_eps=1e-4, layer_eps=1e-3,
+) -> tuple:  # fmt: skip
+    """The checked arguments of the schema."""
+    tensors = dict(embed=embed, action=action, is_first=is_first, deter=deter, stoch=stoch, noise=noise)
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    name = next((name for name, kind in CELLS.items() if isinstance(cell, kind)), None)
+    if name is None:
+        kinds = ", ".join(kind.__name__ for kind in CELLS.values())
+        raise TypeError(f"cell: expected one of {kinds}, got {type(cell).__name__}")
+    if not isinstance(posterior, PosteriorWeights):
+        raise TypeError(f"posterior: expected PosteriorWeights, got {type(posterior).__name__}")
+    if noise.dim() not in (3, 4):
+        raise ValueError(f"noise: expected shape (T, B, S, C) or (T, B, S), got {tuple(noise.shape)}")
+    T, B, *latent = noise.shape
+    if embed.dim() != 3 or embed.shape[:2] != (T, B):
+        raise ValueError(f"embed: expected shape ({T}, {B}, E), got {tuple(embed.shape)}")
+    if action.dim() != 3 or deter.dim() != 2:
+        raise ValueError(
+            f"action, deter: expected shapes ({T}, {B}, A) and ({B}, D), "
+            f"got {tuple(action.shape)} and {tuple(deter.shape)}"
+        )
+    E, A, D = embed.shape[2], action.shape[2], deter.shape[1]
+    if initial_deter is None:
+        initial_deter = deter.new_zeros(D)
+    if initial_stoch is None:
+        initial_stoch = stoch.new_zeros(latent)
+    expected = dict(
+        action=(T, B, A), is_first=(T, B), deter=(B, D), stoch=(B, *latent), initial_deter=(D,),
+        initial_stoch=tuple(latent),
+    )  # fmt: skip
+    tensors |= dict(initial_deter=initial_deter, initial_stoch=initial_stoch)
+    for key, shape in expected.items():
+        _check(key, tensors[key], shape)
+    if 0 in (T, B, E, A, D, *latent):
+        sizes = dict(T=T, B=B, E=E, A=A, D=D, latent=tuple(latent))
+        raise ValueError(f"embed, action, deter, noise: expected no empty axis, got {sizes}")
+    if is_first.dtype is not torch.bool:
+        raise TypeError(f"is_first: expected torch.bool, got {is_first.dtype}")
+    sizes = Sizes(E, A, D, math.prod(latent))
+    _check_weights("cell", cell, cell.shapes(sizes))
+    statistics = sizes.Z if len(latent) == 2 else 2 * sizes.Z
+    _check_weights("posterior", posterior, posterior.shapes(sizes, statistics))
+    tensors, weights = _alike(tensors, {"cell": cell, "posterior": posterior})
+    if act is None:
+        act = rssm_cells.DEFAULT_ACT[name]
+    if act not in rssm_cells.ACTIVATIONS:
+        raise ValueError(f"act: expected one of {sorted(rssm_cells.ACTIVATIONS)}, got {act!r}")
+    numbers = dict(unimix=unimix, min_std=min_std, rms_eps=rms_eps, layer_eps=layer_eps)
+    for key, number in numbers.items():
+        if not isinstance(number, (float, int)):
+            raise TypeError(f"{key}: expected a number, got {type(number).__name__}")
+        if not 0 <= number < (1 if key == "unimix" else math.inf):
+            bound = "a number in [0, 1)" if key == "unimix" else "a finite number that is not negative"
+            raise ValueError(f"{key}: expected {bound}, got {number}")
+    return *tensors, *weights, name, act, *map(float, numbers.values())
+
+
+def _check(name, x, shape):
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.shape != shape:
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(x.shape)}")
+
+
+_OPTIONAL = ("bias", "gain", "shift")
+_NEEDED = {"gates_gain", "gates_shift", "gates_bias", "input_bias", "hidden_bias", "out_bias"}
+
+
+def _check_weights(owner, weights, shapes):
+    blocks = getattr(weights, "mix_deter", None)
+    if isinstance(blocks, Tensor) and (blocks.dim() != 3 or not blocks.shape[0]):
+        raise ValueError(f"cell.mix_deter: expected shape (G, D/G, D/G), got {tuple(blocks.shape)}")
+    for field, x in zip(weights._fields, weights, strict=True):
+        if x is None and field.endswith(_OPTIONAL) and field not in _NEEDED:
+            if field.endswith("gain") and getattr(weights, field.removesuffix("gain") + "shift") is not None:
+                raise ValueError(f"{owner}.{field}: expected a tensor beside the shift of a LayerNorm, got None")
+            continue
+        _check(f"{owner}.{field}", x, shapes[field])
+
+
+def _alike(tensors, owners):
+    """The tensors and the padded list of weights, which share dtype and device."""
+    named = {name: x for name, x in tensors.items() if name != "is_first"}
+    for owner, weights in owners.items():
+        named |= {f"{owner}.{f}": x for f, x in zip(weights._fields, weights, strict=True) if x is not None}
+    first = tensors["embed"]
+    mixed = False
+    for name, x in named.items():
+        if x.dtype not in FLOATING:
+            raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
+        mixed = mixed or x.dtype is not first.dtype
+        if not (x.is_cpu and first.is_cpu) and x.device != first.device:
+            raise ValueError(f"{name}: expected the device of embed, {first.device}, got {x.device}")
+    if tensors["is_first"].device != first.device:
+        raise ValueError(f"is_first: expected the device of embed, {first.device}, got {tensors['is_first'].device}")
+    flat = [*tensors.values(), *(x for weights in owners.values() for x in weights)]
+    if (mixed or first.dtype in HALF) and torch.is_autocast_enabled(first.device.type):
+        flat = [x if x is None or x.dtype is torch.bool else x.float() for x in flat]
+    elif mixed:
+        dtypes = ", ".join(f"{name} {x.dtype}" for name, x in named.items() if x.dtype is not first.dtype)
+        raise TypeError(f"expected all tensors in the dtype of embed, {first.dtype}, got {dtypes}")
+    count = len(tensors)
+    return flat[:count], [*flat[count:], *[None] * (count + _WEIGHTS - len(flat))]
+
+
+def split_weights(args) -> tuple[CellWeights, PosteriorWeights, Options]:
+    """What follows the eight tensors of the schema, as it was given to `rssm_observe`."""
+    *weights, name, act, unimix, min_std, rms_eps, layer_eps = args
+    kind = CELLS[name]
+    cell = kind(*weights[: len(kind._fields)])
+    posterior = PosteriorWeights(*weights[len(cell) : len(cell) + len(PosteriorWeights._fields)])
+    return cell, posterior, Options(act, unimix, min_std, rms_eps, layer_eps)
+
+
+def _reference(embed, action, is_first, deter, stoch, noise, initial_deter, initial_stoch, *rest):
+    cell, posterior, options = split_weights(rest)
+    T, latent = noise.shape[0], noise.shape[2:]
+    D, categorical = deter.shape[1], len(latent) == 2
+    race = rssm_cells.arrival_times(noise) if categorical else noise
+    first = is_first.unsqueeze(-1)  # (T, B, 1)
+    stoch, initial_stoch = stoch.flatten(1), initial_stoch.flatten()
+    # Hoisted out of the loop: the action's layer, and the embedding's half of the posterior's first layer.
+    actions = rssm_cells.embed_action(cell, torch.where(first, 0.0, action), options)
+    from_deter, from_embed = posterior.in_weight.split([D, embed.shape[2]], 1)
+    embeds = F.linear(embed, from_embed, posterior.in_bias)
+    steps = []
+    for t in range(T):
+        deter = torch.where(first[t], initial_deter, deter)
+        stoch = torch.where(first[t], initial_stoch, stoch)
+        deter = rssm_cells.step(cell, deter, stoch, actions[t], options)
+        hidden = F.linear(deter, from_deter) + embeds[t]
+        hidden = rssm_cells.norm_act(hidden, posterior.in_gain, posterior.in_shift, options)
+        statistics = F.linear(hidden, posterior.out_weight, posterior.out_bias)
+        if categorical:
+            p = rssm_cells.class_probabilities(statistics.unflatten(-1, latent), options.unimix)
+            index = (race[t] / p.detach()).argmin(-1, keepdim=True)
+            stoch = rssm_cells.straight_through(p, index).flatten(1)
+        else:
+            mean, raw = statistics.chunk(2, -1)
+            stoch = mean + rssm_cells.deviation(raw, options.min_std) * race[t]
+        steps.append((deter, stoch.unflatten(-1, latent), statistics))
+    return tuple(torch.stack(x) for x in zip(*steps, strict=True))
+
+
+def _fake(embed, action, is_first, deter, stoch, noise, initial_deter, initial_stoch, *rest):
+    cell, posterior, _ = split_weights(rest)
+    T, B, *latent = noise.shape
+    statistics = posterior.out_weight.shape[0]
+    return (
+        embed.new_empty(T, B, deter.shape[1]),
+        embed.new_empty(T, B, *latent),
+        embed.new_empty(T, B, statistics),
+        embed.new_empty(rssm_observe_cpu.tape_size(cell, posterior, T, B, deter.shape[1], latent)),
+        embed.new_empty((T, B, latent[0]) if len(latent) == 2 else 0, dtype=torch.int32),
+    )
+
+
+def _fake_backward(grad_deter, grad_stoch, grad_statistics, deter_out, stoch_out, statistics, tape, index, *args):
+    inputs = (args[i] for i in _DIFFERENTIABLE)
+    return [tape.new_empty(0 if x is None else x.shape) for x in inputs]
+
+
+def _save(ctx, inputs, output):
+    count = len(_TENSORS) + _WEIGHTS
+    ctx.set_materialize_grads(False)  # the tape has none, and a loss may leave out a result
+    ctx.mark_non_differentiable(*output[3:])
+    ctx.present = [x is not None for x in inputs[:count]]
+    ctx.numbers = inputs[count : count + 6]
+    ctx.save_for_backward(*output, *(x for x in inputs[:count] if x is not None))
+
+
+def _backward(ctx, *grads):
+    outputs, tensors = ctx.saved_tensors[:5], iter(ctx.saved_tensors[5:])
+    inputs = [next(tensors) if present else None for present in ctx.present]
+    found = ctx.run_backward(*grads[:3], *outputs, *inputs, *ctx.numbers)
+    results: list[Tensor | None] = [None] * (len(inputs) + len(ctx.numbers))
+    for i, grad in zip(_DIFFERENTIABLE, found, strict=True):
+        if inputs[i] is not None:
+            results[i] = grad
+    return tuple(results)
+
+
+def _cpu_forward(*args):
+    return rssm_observe_cpu.forward(_fake(*args), args[: len(_TENSORS)], *split_weights(args[len(_TENSORS) :]))
+
+
+def _cpu_backward(*args):
+    grads, outputs, inputs = args[:3], args[3:8], args[8:]
+    cell, posterior, options = split_weights(inputs[len(_TENSORS) :])
+    found = rssm_observe_cpu.backward(grads, outputs, inputs[: len(_TENSORS)], cell, posterior, options)
+    empty = outputs[0].new_empty(0)
+    tensors, cell_grads, posterior_grads = found
+    flat = [*tensors, *cell_grads, *posterior_grads]
+    return [empty if x is None else x for x in flat] + [empty] * (len(_DIFFERENTIABLE) - len(flat))
+
+
+def _cpu_refuse(*args):
+    return rssm_observe_cpu.refuse(args[0], args[len(_TENSORS) + _WEIGHTS + 1])
+
+
+def _cpu_slower(*args):
+    return rssm_observe_cpu.slower(args[0].shape[0])
+
+
+def _cpu_plan(*args):
+    cell, posterior, _ = split_weights(args[len(_TENSORS) :])
+    return rssm_observe_cpu.plan(cell, posterior, args[0].shape[1])
+
+
+_op = Op(
+    "rssm_observe",
+    prepare=_prepare,
+    reference=_reference,
+    schema=_SCHEMA,
+    backward_schema=_BACKWARD_SCHEMA,
+    fake=_fake,
+    backward_fake=_fake_backward,
+    save=_save,
+    backward=_backward,
+    backends=(Backend("cpu", _cpu_forward, _cpu_backward, _cpu_refuse, _cpu_plan, _cpu_slower),),
+)
