@@ -128,6 +128,13 @@ bool Buffer::may_sample(std::size_t steps) const {
   return config_.limiter.samples_per_insert == 0 || budget() >= double(steps);
 }
 
+// Beyond the lead only while somebody waits for sequences that no env is long enough for.
+bool Buffer::may_add() const {
+  const LimiterConfig& limiter = config_.limiter;
+  return limiter.samples_per_insert == 0 || budget() <= limiter.lead ||
+         (!starving_.empty() && !has_sequences(*starving_.rbegin()));
+}
+
 bool Buffer::has_sequences(std::size_t length) const {
   return std::any_of(rings_.begin(), rings_.end(), [&](const Ring& ring) { return ring.size >= length; });
 }
@@ -156,7 +163,7 @@ void Buffer::add(const std::int64_t* env_ids, std::size_t count, const std::vect
     const auto any = [&](bool (Ring::*awaits)() const) {
       return std::any_of(env_ids, env_ids + count, [&](std::int64_t env) { return (rings_[env].*awaits)(); });
     };
-    const bool may = (!limited || budget() <= config_.limiter.lead || starving_ > 0) && !any(&Ring::awaits_save);
+    const bool may = may_add() && !any(&Ring::awaits_save);
     turn.set(may && any(&Ring::awaits_readers));
     return may && !turn.is_set();
   });
@@ -208,12 +215,14 @@ Draw Buffer::draw(std::size_t batch, std::size_t length, const SampleOptions& op
   Lock lock(mutex_);
   check_draw(batch, length, options);
   const bool limited = config_.limiter.samples_per_insert > 0;
-  Counted starving(starving_);
+  const struct Starving {
+    std::multiset<std::size_t>& lengths;
+    const std::multiset<std::size_t>::iterator mine;
+    ~Starving() { lengths.erase(mine); }
+  } starving{starving_, starving_.insert(length)};
+  if (limited && !has_sequences(length)) changed_.notify_all();  // who waits to add may go on
   wait(lock, poll, limited, [&] {
-    const bool enough = has_sequences(length);
-    if (!enough && !starving.is_set()) changed_.notify_all();  // who waits to add may go on
-    starving.set(!enough);
-    return enough && updating_ == 0 && overwriting_ == 0 && may_sample(batch * length);
+    return has_sequences(length) && updating_ == 0 && overwriting_ == 0 && may_sample(batch * length);
   });
   return draw_now(batch, length, options);
 }

@@ -11,6 +11,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -142,6 +143,7 @@ class Buffer {
   void wait_until(Lock& lock, const Poll& poll, bool limited, const std::function<bool()>& condition);
   double budget() const;
   bool has_sequences(std::size_t length) const;
+  bool may_add() const;
   bool may_sample(std::size_t steps) const;
   void check_add(const std::int64_t* env_ids, std::size_t count, const std::vector<Source>& sources);
   void check_draw(std::size_t batch, std::size_t length, const SampleOptions& options) const;
@@ -168,7 +170,7 @@ class Buffer {
   std::size_t copying_ = 0;     // draws that are not finished
   std::size_t updating_ = 0;    // updates that wait for them: new draws let them go first
   std::size_t overwriting_ = 0;  // the same for adds that wait for readers only
-  std::size_t starving_ = 0;    // draws that wait for an env to have enough steps: adding goes on beyond the lead
+  std::multiset<std::size_t> starving_;  // lengths of the sequences that draws wait for: see may_add
   std::size_t waiting_ = 0;     // threads that wait for anything
   bool closed_ = false;
 
