@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from phyxdream.kernels.rows import flat, memory_order, written
 from torch import Tensor
 
 TILE = 1024  # elements per tile where rows are short enough for several: 1024 rows of 255 occupy a large GPU
@@ -161,8 +162,8 @@ def two_hot_mean_backward(grad: Tensor, logits: Tensor, mean: Tensor, bins: Tens
 
 
 def _forward(kernel, logits, per_row, bins, **options):
-    order = _memory_order(logits)
-    x, per_row = _rows(logits, order), [t.permute(order).flatten() for t in per_row]
+    order = memory_order(logits)
+    x, per_row = flat(logits, order), [t.permute(order).flatten() for t in per_row]
     y = torch.empty(len(x), dtype=bins.dtype, device=x.device)
     p = plan(*x.shape)
     with torch.cuda.device_of(x):
@@ -175,8 +176,8 @@ def _forward(kernel, logits, per_row, bins, **options):
 
 def _backward(kernel, grad, logits, target_or_mean, bins):
     grad_logits = torch.empty_like(logits)
-    order = _memory_order(logits)
-    x, gx = _rows(logits, order), _rows(grad_logits, order)
+    order = memory_order(logits)
+    x, gx = flat(logits, order), flat(grad_logits, order)
     grad, per_row = grad.permute(order).flatten(), target_or_mean.permute(order).flatten()
     p = plan(*x.shape)
     with torch.cuda.device_of(x):
@@ -184,23 +185,10 @@ def _backward(kernel, grad, logits, target_or_mean, bins):
             gx, grad, x, per_row, bins.contiguous(), *x.shape, *gx.stride(), grad.stride(0), *x.stride(),
             per_row.stride(0), ROWS=p.rows, COLUMNS=p.columns, num_warps=p.warps,
         )  # fmt: skip
-    if gx.data_ptr() != grad_logits.data_ptr():  # a layout whose rows have no common stride was written to a copy
-        permuted = grad_logits.permute(*order, -1)
-        permuted.copy_(gx.view(permuted.shape))
-    return grad_logits
+    return written(grad_logits, gx, order)
 
 
-def _memory_order(logits: Tensor) -> list[int]:
-    """The leading axes as they lie in memory, so that a dense tensor of any layout is one (rows, K) view."""
-    return sorted(range(logits.dim() - 1), key=lambda axis: -logits.stride(axis))
-
-
-def _rows(x: Tensor, order: list[int]) -> Tensor:
-    """(rows, K): a view where the rows have one stride in this order, otherwise a copy."""
-    return x.permute(*order, -1).reshape(-1, x.shape[-1])
-
-
-def _unpermuted(flat: Tensor, shape: torch.Size, order: list[int]) -> Tensor:
-    """The contiguous (...) tensor whose values in this order of axes are `flat`."""
+def _unpermuted(values: Tensor, shape: torch.Size, order: list[int]) -> Tensor:
+    """The contiguous (...) tensor whose values in this order of axes are `values`."""
     inverse = sorted(range(len(order)), key=order.__getitem__)
-    return flat.view([shape[axis] for axis in order]).permute(inverse).contiguous()
+    return values.view([shape[axis] for axis in order]).permute(inverse).contiguous()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from phyxdream.agents.config import DreamerConfig
-from phyxdream.nn.distributions import balanced_kl, kl_divergence
+from phyxdream.nn.distributions import balanced_kl
 from phyxdream.nn.heads import BernoulliHead, TwoHotHead
 from phyxdream.nn.layers import linear
 from phyxdream.nn.rssm import RSSM, State
@@ -118,7 +118,7 @@ class WorldModel(nn.Module):
             **{name: decoded[name].loss(self._target(batch[name])) for name in self.names},
         }
         with torch.no_grad():
-            metrics = {"kl": kl_divergence(post, prior, c.unimix).mean()}
+            metrics = {"kl": balanced_kl(post, prior, 0.0, c.unimix)[0].mean()}
         return WorldModelOutput(losses, post, metrics)
 
     @staticmethod

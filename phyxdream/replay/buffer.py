@@ -113,6 +113,7 @@ class Replay:
         self._fields = {name: (tuple(shape), dtype) for name, shape, dtype, _ in core.spec}
         self._latents = [name for name, _, _, latent in core.spec if latent]
         self._memory = BatchMemory()
+        self._weighted = not isinstance(self.selector, Uniform)
 
     # -------------------------------------------------------------------------------------------------------- adding
 
@@ -284,10 +285,6 @@ class Replay:
         address = lambda name: batch[name].data_ptr() if name in batch else 0  # noqa: E731
         columns = [batch[name].data_ptr() for name in self._fields]
         return batch, (columns, address("step_id"), address("probability"), address("mask"))
-
-    @property
-    def _weighted(self) -> bool:
-        return not isinstance(self.selector, Uniform)
 
     def read(self, env: int, first: int, count: int, keys: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Steps [first, first + count) of one environment, numbered from 0 in the order they were added.
