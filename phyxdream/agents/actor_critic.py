@@ -19,15 +19,16 @@ class ReturnNormalizer(nn.Module):
 
     def __init__(self, rate: float = 0.01, low: float = 0.05, high: float = 0.95, limit: float = 1.0):
         super().__init__()
-        self.rate, self.quantiles, self.limit = rate, (low, high), limit
+        self.rate, self.limit = rate, limit
+        self.register_buffer("quantiles", torch.tensor([low, high]), persistent=False)
         self.register_buffer("percentiles", torch.zeros(2))
         self.register_buffer("weight", torch.zeros(()))
 
     @torch.no_grad()
     def forward(self, returns: Tensor) -> Tensor:
         """Take in returns of any shape; the current scale, 0-d."""
-        q = torch.tensor(self.quantiles, dtype=returns.dtype, device=returns.device)
-        self.percentiles.lerp_(torch.quantile(returns.flatten(), q).float(), self.rate)
+        found = torch.quantile(returns.flatten(), self.quantiles.to(returns.dtype))
+        self.percentiles.lerp_(found.float(), self.rate)
         self.weight.lerp_(torch.ones_like(self.weight), self.rate)
         return self.scale
 

@@ -42,6 +42,8 @@ class DreamerConfig:
     seed: int = 0
     device: str = "auto"
     """"auto" takes a CUDA device when there is one, else the CPU."""
+    cuda_graph: bool = True
+    """On a CUDA device, record the update once as a CUDA graph and replay it."""
     logdir: str | None = None
     """Run directory (None: runs/<preset>-<env>-<date>)."""
     log_every: int = 1_000

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from phyxdream.agents.config import DreamerConfig
 from phyxdream.agents.dreamer_v3 import DreamerV3
+from phyxdream.agents.graphed import Graphed
 from phyxdream.errors import CheckpointError, ConfigError, EnvError
 from phyxdream.nn.rssm import State
 
@@ -101,6 +102,7 @@ class DreamerAgent:
             name: torch.Generator(self.device).manual_seed(self.config.seed * 2 + offset)
             for offset, name in enumerate(("learn", "act"))
         }
+        self._start_updates()
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -130,7 +132,11 @@ class DreamerAgent:
         which the other T are learned. Without, it is (T, B, ...) and starts from the initial state.
         """
         names = (*self.replay_spec, *self.latent_spec)
-        batch = {name: batch[name].to(self.device, non_blocking=True) for name in names if name in batch}
+        return Update(*self._run_update({name: batch[name] for name in names if name in batch}))
+
+    def _update(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """The fields of an `Update`. Nothing here waits for the device, so that a CUDA graph can hold it."""
+        batch = {name: x.to(self.device, non_blocking=True) for name, x in batch.items()}
         batch["action"] = self.encode_action(batch["action"])
         loss = self.model.loss(batch, self.generators["learn"])
         self.optimizer.zero_grad(set_to_none=True)
@@ -138,7 +144,13 @@ class DreamerAgent:
         metrics = {**loss.metrics, "grad_norm": self.optimizer.step(), "loss/total": loss.total.detach()}
         self.model.after_update()
         latents = self.model.world_model.pack(loss.post) if self.config.replay_context else {}
-        return Update(metrics, latents, loss.model_loss)
+        return metrics, latents, loss.model_loss
+
+    def _start_updates(self) -> None:
+        """Choose how updates run; again after tensors were replaced, whose addresses a graph has."""
+        graphed = self.device.type == "cuda" and self.config.cuda_graph
+        learn = self.generators["learn"]
+        self._run_update = Graphed(self._update, (learn,), self.device) if graphed else self._update
 
     @torch.no_grad()
     def act(
@@ -190,7 +202,7 @@ class DreamerAgent:
         optimizer = {f"{i}/{name}": value for i, state in groups.items() for name, value in state.items()}
         return {
             "model": dict(self.model.state_dict()),
-            "optimizer": {**optimizer, "step": torch.tensor(self.optimizer.param_groups[0]["step"])},
+            "optimizer": {**optimizer, "step": torch.tensor(int(self.optimizer.param_groups[0]["step"]))},
             "generators": {name: generator.get_state() for name, generator in self.generators.items()},
         }
 
@@ -220,6 +232,7 @@ class DreamerAgent:
         self.optimizer.load_state_dict({"state": state, "param_groups": [{**g, "step": step} for g in groups]})
         for name, generator in self.generators.items():
             generator.set_state(tensors["generators"][name].cpu())
+        self._start_updates()
 
     def load(self, path: str | Path) -> DreamerAgent:
         """Take the weights of a run directory's newest checkpoint (or of one checkpoint directory)."""

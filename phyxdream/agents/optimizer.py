@@ -54,9 +54,13 @@ class LaProp(torch.optim.Optimizer):
             grads = [p.grad for p in weights]
             rms = [self.state[p]["rms"] for p in weights]
             momentum = [self.state[p]["momentum"] for p in weights]
-            group["step"] += 1
-            t, (beta1, beta2) = group["step"], group["betas"]
-            lr = group["lr"] * min(1.0, t / group["warmup"] if group["warmup"] else 1.0)
+            # What changes from update to update is a tensor: a CUDA graph of an update would keep numbers as they were.
+            t = group["step"] = torch.as_tensor(group["step"], dtype=torch.float64, device=weights[0].device)
+            t += 1
+            beta1, beta2 = group["betas"]
+            warm = (t / group["warmup"]).clamp(max=1.0) if group["warmup"] else 1.0
+            rate = (-group["lr"] * warm / (1 - beta1**t)).to(weights[0].dtype)
+            debias = (1 / (1 - beta2**t)).to(weights[0].dtype)
 
             grad_norms = torch._foreach_norm(grads)
             norms += grad_norms
@@ -66,10 +70,10 @@ class LaProp(torch.optim.Optimizer):
 
             torch._foreach_mul_(rms, beta2)
             torch._foreach_addcmul_(rms, grads, grads, value=1 - beta2)
-            scale = torch._foreach_div(rms, 1 - beta2**t)
+            scale = torch._foreach_mul(rms, debias)
             torch._foreach_sqrt_(scale)
             torch._foreach_add_(scale, group["eps"])
             torch._foreach_div_(grads, scale)
             torch._foreach_lerp_(momentum, grads, 1 - beta1)
-            torch._foreach_add_(weights, momentum, alpha=-lr / (1 - beta1**t))
+            torch._foreach_add_(weights, torch._foreach_mul(momentum, rate))
         return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())

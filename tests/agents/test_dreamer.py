@@ -1,11 +1,14 @@
 """`DreamerAgent` without an environment: acting, learning, saving, and who may touch which random numbers."""
 
+import copy
 import doctest
 
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeCopyMode, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from phyxdream import DreamerAgent, DreamerConfig
 from phyxdream.agents import dreamer
@@ -465,6 +468,79 @@ def test_foreign_weights_are_refused_untouched(options, message):
         agent.load_tensors(make(**options).tensors())
     assert torch.equal(weights(agent), before)
     assert agent.optimizer.param_groups[0]["step"] == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Updates in a CUDA graph: nothing in an update may ask the device for a number, and replays are ordinary updates.
+
+
+class FromTheHost(TorchDispatchMode):
+    """Refuses tensors made of Python numbers: on a GPU they are copies from memory that a graph may not wait for."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten.lift_fresh.default, "a tensor made of Python numbers"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("action_space", [DISCRETE, CONTINUOUS], ids=["discrete", "continuous"])
+@pytest.mark.parametrize("options", [{}, dict(cell="gru", classes=0), dict(cell="layernorm_gru", initial="learned")])
+def test_an_update_never_waits_for_the_device(action_space, options):
+    """Fake tensors have no values: whatever asks for one (`item`, a boolean index) raises."""
+    agent = make(action_space, **options)
+    mode = FakeTensorMode()
+    with FakeCopyMode(mode):
+        agent.model = copy.deepcopy(agent.model)
+    agent.optimizer = agent.model.make_optimizer()
+    agent.generators["learn"] = None
+    batch = make_batch(agent)
+    batch |= {name: torch.zeros(8, 4, *shape).to(getattr(torch, dtype))
+              for name, (shape, dtype) in agent.latent_spec.items()}  # fmt: skip
+    names = (*agent.replay_spec, *agent.latent_spec)
+    with mode:
+        batch = {name: torch.empty(batch[name].shape, dtype=batch[name].dtype) for name in names}
+        agent._update(batch)  # makes the optimiser's states
+        with FromTheHost():
+            metrics, _, model_loss = agent._update(batch)
+    assert metrics["loss/total"].shape == ()
+    assert model_loss.shape == (7, 4)
+
+
+def test_the_check_finds_what_it_looks_for():
+    with FakeTensorMode(), FromTheHost():
+        with pytest.raises(DataDependentOutputException):
+            torch.ones(3).sum().item()
+        with pytest.raises(AssertionError, match="Python numbers"):
+            torch.tensor([1.0, 2.0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_replays_equal_ordinary_updates():
+    ordinary, graphed = (make(device="cuda", cuda_graph=on) for on in (False, True))
+    for i in range(8):
+        batch = make_batch(ordinary, seed=i)
+        expected, found = (agent.update(batch) for agent in (ordinary, graphed))
+        for name, value in expected.metrics.items():
+            torch.testing.assert_close(found.metrics[name], value, rtol=1e-4, atol=1e-5, msg=f"{name}, update {i}")
+    assert graphed._run_update._graph is not None
+    for a, b in zip(ordinary.model.parameters(), graphed.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)  # sums on a GPU come in any order, eight times
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_results_outlive_the_next_replay_and_loading_starts_anew():
+    agent = make(device="cuda")
+    for i in range(5):
+        agent.update(make_batch(agent, seed=i))
+    kept = agent.update(make_batch(agent, seed=5)).metrics["loss/total"]
+    before = kept.item()
+    saved = {group: {k: v.clone() for k, v in values.items()} for group, values in agent.tensors().items()}
+    after = [agent.update(make_batch(agent, seed=i)).metrics["loss/total"].item() for i in (6, 7, 8, 9)]
+    assert kept.item() == before
+    agent.load_tensors(saved)
+    again = [agent.update(make_batch(agent, seed=i)).metrics["loss/total"].item() for i in (6, 7, 8, 9)]
+    assert again == pytest.approx(after, rel=1e-4)
 
 
 def test_doctests():
