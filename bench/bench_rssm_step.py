@@ -33,7 +33,7 @@ SUITE = Suite(
     "one posterior step of the RSSM, as acting takes it",
     tuple(
         Case(f"step of {B} env{'s' * (B > 1)}", size.name, "no-grad", functools.partial(build, size, B), size.label,
-             default=size.name != "tiny", headline=size.name in ("512", "12m"))
+             automatic=True, default=size.name != "tiny", headline=size.name in ("512", "12m"))
         for size in SIZES
         for B in ENVS
         if size.name != "512-embed-4096"

@@ -256,7 +256,7 @@ def suite_table(suite: Suite, rows: list[dict[str, Any]]) -> Text:
         label, *figures = (
             t.rjust(w) if i else t.ljust(w) for i, (t, w) in enumerate(zip(texts, widths.values(), strict=True))
         )
-        return "  ".join([label, *figures]) + "\n"
+        return "  ".join([label, *figures]).rstrip() + "\n"
 
     text = Text(no_wrap=True, overflow="ignore").append(f"{suite.name}: {suite.summary}\n", "bold")
     text.append(line(list(cells)), "dim")

@@ -29,9 +29,9 @@ def write_plots(path: Path, result: dict[str, Any]) -> list[Path]:
 
 
 def suite_figure(suite: str, rows: list[dict[str, Any]], machine: dict[str, Any]) -> Figure:
-    """Panels in a grid, sizes below one another where every size has the same ops; each from zero on its own scale."""
-    cases = list(results.cases(rows).values())
-    columns = _columns(cases)
+    """Panels in a grid, sizes along one side and ops along the other where all sizes have the same; each panel from
+    zero on its own scale."""
+    cases, columns = _grid(list(results.cases(rows).values()))
     lines = math.ceil(len(cases) / columns)
     bars = max(map(len, cases))
     height = lines * (0.62 + 0.27 * bars) + 0.75
@@ -50,11 +50,16 @@ def suite_figure(suite: str, rows: list[dict[str, Any]], machine: dict[str, Any]
     return figure
 
 
-def _columns(cases: list[list[dict[str, Any]]]) -> int:
-    kinds = len({(case[0]["op"], case[0]["direction"]) for case in cases})
-    sizes = len({case[0]["size"] for case in cases})
-    full = kinds * sizes == len(cases)
-    return kinds if full and 1 < kinds <= 4 else min(3, len(cases))
+def _grid(cases: list[list[dict[str, Any]]]) -> tuple[list[list[dict[str, Any]]], int]:
+    """The cases in the order of their panels, and how many stand side by side."""
+    kinds = list(dict.fromkeys(results.title(case[0]) for case in cases))
+    sizes = list(dict.fromkeys(case[0]["size"] for case in cases))
+    if len(kinds) * len(sizes) == len(cases):
+        if 1 < len(kinds) <= 4:
+            return cases, len(kinds)
+        if 1 < len(sizes) <= 3:
+            return sorted(cases, key=lambda case: kinds.index(results.title(case[0]))), len(sizes)
+    return cases, min(3, len(cases))
 
 
 def _panel(ax: Axes, case: list[dict[str, Any]], bars: int) -> None:
@@ -68,11 +73,13 @@ def _panel(ax: Axes, case: list[dict[str, Any]], bars: int) -> None:
         text = seconds_text(row["median_seconds"])
         if i and row["ratio"]:
             text += f"   {ratio_text(row['ratio'])}"
+        if row.get("setup_seconds"):
+            text += f", after {seconds_text(row['setup_seconds'])}"
         bold = "bold" if row["backend"] in _OURS else "normal"
         ax.text(times[i] + half[i] + 0.02 * longest, i, text, va="center", fontsize=8, color=INK, fontweight=bold)
     ax.set_yticks(range(len(case)), names, fontsize=8, color=INK)
     ax.set_ylim(bars - 0.4, -0.6)  # the first on top, bars of all panels equally thick
-    ax.set_xlim(0, 1.45 * max(t + h for t, h in zip(times, half, strict=True)))
+    ax.set_xlim(0, 1.6 * max(t + h for t, h in zip(times, half, strict=True)))
     ax.set_xticks([])
     ax.set_title(results.title(case[0]), loc="left", fontsize=9, color=INK, pad=13)
     ax.text(0, 1.03, case[0]["label"], transform=ax.transAxes, fontsize=7.5, color=MUTED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,7 +62,9 @@ class Case:
         build: makes the inputs on a device.
         label: the size in full.
         names: who competes, the one to compare with first: names of `Rivals`, or backends; empty is every backend
-            that one op can have. `phyxdream` is what runs where nothing is forced.
+            that one op can have.
+        automatic: compete as `phyxdream`, where nothing is forced, in place of the fused backend: what a user gets,
+            who may get the reference where that is faster.
         default: False where it runs only when its size is asked for.
         headline: whether the README shows it.
     """
@@ -72,6 +75,7 @@ class Case:
     build: Callable[[torch.device], Call | Rivals]
     label: str
     names: tuple[str, ...] = ()
+    automatic: bool = False
     default: bool = True
     headline: bool = False
 
@@ -83,7 +87,8 @@ class Case:
         if self.names:
             return self.names
         graph = ("cuda_graph",) if device.type == "cuda" else ()
-        return ("reference", *(("compile",) if compile else ()), *graph, FAST[device.type])
+        ours = "phyxdream" if self.automatic else FAST[device.type]
+        return ("reference", *(("compile",) if compile else ()), *graph, ours)
 
 
 @dataclass(frozen=True)
@@ -159,10 +164,18 @@ def _context(direction: str, backend: str | None) -> Iterator[None]:
         yield
 
 
+@functools.cache
+def _warm_compiler() -> None:
+    """Loading the compiler takes seconds, which are not those of the first case that is compiled."""
+    torch.compile(lambda x: x + 1)(torch.ones(1))
+
+
 def _compiled(case: Case, call: Call, context: Callable) -> Contender:
+    _warm_compiler()
     torch.compiler.reset()
     # A cache on the disk would make the second bench of a machine tell a compile time that no first user has.
-    with torch._inductor.config.patch(force_disable_caches=True):
+    with torch._inductor.config.patch(force_disable_caches=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no cache, among others
         run = runner(case, call, torch.compile(call.function))
         start = time.perf_counter()
         with context():

@@ -113,6 +113,7 @@ def test_who_cannot_take_part_is_skipped_with_its_reason():
 
 def test_compiled_reference_tells_how_long_it_took(monkeypatch):
     compiled = []
+    monkeypatch.setattr(suite, "_warm_compiler", lambda: None)
     monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
     case = load_suite("lambda_return").cases[0]
     assert case.contenders(CPU, compile=True) == ("reference", "compile", "cpu")
@@ -373,10 +374,13 @@ def test_table_command_writes_checks_and_complains(tmp_path, capsys):
 
 
 def test_pictures_hold_every_case(tmp_path):
-    many = [row(name, op=f"op{i}", ratio=2.0) for i in range(4) for name in ("reference", "cuda_graph", "triton")]
+    many = [row(name, op=f"op{i}", size=size, ratio=2.0) for size in "ab" for i in range(5)
+            for name in ("reference", "cuda_graph", "triton")]  # fmt: skip
     figure = plots.suite_figure("kl", many, file()["machine"])
-    drawn = [ax for ax in figure.axes if ax.axison]
-    assert [ax.get_title(loc="left") for ax in drawn] == [f"op{i} forward" for i in range(4)]
+    titles = [ax.get_title(loc="left") for ax in figure.axes]
+    assert titles == [f"op{i} forward" for i in range(5) for _ in "ab"]  # two sizes side by side
+    assert plots.suite_figure("kl", many[:-3], file()["machine"]).axes[-1].axison
+    drawn = figure.axes
     assert [t.get_text() for t in drawn[0].get_yticklabels()] == ["PyTorch", "CUDA graph", "Triton"]
     assert any("2.0×" in text.get_text() for text in drawn[0].texts)
 
