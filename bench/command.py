@@ -131,6 +131,15 @@ class _Session:
         self.machine["peak"] = dataclasses.asdict(self.peaks)
         self._head()
         meter = timing.LoadMeter()
+        try:
+            self._suites()
+        except KeyboardInterrupt:  # what took minutes is not thrown away
+            if self.rows:
+                self._finish(before, meter.read())
+            raise
+        return self._finish(before, meter.read())
+
+    def _suites(self) -> None:
         with self.progress:
             task = self.progress.add_task("", total=sum(map(len, self.plan.suites.values())))
             for suite, cases in self.plan.suites.items():
@@ -139,8 +148,6 @@ class _Session:
                     self._case(suite, case)
                     self.progress.advance(task)
                 self._table(suite)
-        self._judge(before, meter.read())
-        return self._write()
 
     def _head(self) -> None:
         m, p = self.machine, self.peaks
@@ -209,9 +216,10 @@ class _Session:
         for warning in warnings:
             self.console.print(f"not a quiet machine: {warning}", style="bold yellow")
 
-    def _write(self) -> Path:
+    def _finish(self, before: timing.Load | None, during: timing.Load | None) -> Path:
         from phyxdream.bench.plots import write_plots
 
+        self._judge(before, during)
         path = self.options.out / f"{results.file_stem(self.machine)}.json"
         result = {"machine": self.machine, "benchmarks": self.rows, "skipped": self.skipped}
         results.write(path, result)

@@ -72,9 +72,9 @@ def file_stem(found: Mapping[str, Any]) -> str:
     """Name of a results file: date, time and machine.
 
     >>> file_stem({"started": "2026-11-21T05:15:55+00:00", "cpu": "AMD EPYC", "cores": 2, "gpu": []})
-    '2026-11-21-0515-amd-epyc-2-cores'
+    '2026-11-21-051555-amd-epyc-2-cores'
     """
-    date, time = found["started"][:10], found["started"][11:16].replace(":", "")
+    date, time = found["started"][:10], found["started"][11:19].replace(":", "")
     return f"{date}-{time}-{re.sub(r'[^a-z0-9]+', '-', machine_name(found).lower()).strip('-')}"
 
 

@@ -48,6 +48,7 @@ def _newest(timings: list[dict[str, Any]]) -> dict[str, tuple[list[dict[str, Any
     for result in sorted(timings, key=lambda result: result["machine"]["started"]):
         cases = found.setdefault(machine_name(result["machine"]), {})
         for key, rows in results.cases(result["benchmarks"]).items():
+            cases.pop(key, None)  # the newest file also has its order
             cases[key] = (result["machine"], rows)
     order = list(SUITES)
     by_machine = {}

@@ -76,7 +76,7 @@ class Bench:
     """Time the fused ops, a gradient step, the replay and the environments on this machine, against plain PyTorch.
 
     Every suite runs where none is named; --sizes takes the sizes that its tables show. Contenders take turns; figures
-    are medians. --quick takes about a minute, everything some ten, --compile some more for every size.
+    are medians. --quick takes half a minute, everything some ten, --compile some more for every size of a scan.
     """
 
     suites: Annotated[list[str], tyro.conf.Positional] = field(default_factory=list)

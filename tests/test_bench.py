@@ -254,6 +254,22 @@ def test_quick_takes_the_smallest_default_size_of_each_suite():
     assert all("tiny" not in {case.size for case in cases} for cases in everything.values())
 
 
+def test_interrupting_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
+    real, done = timing.measure, []
+
+    def measure(*arguments):
+        if done:
+            raise KeyboardInterrupt
+        done.append(1)
+        return real(*arguments)
+
+    monkeypatch.setattr(timing, "measure", measure)
+    assert main(["bench", "lambda_return", "--sizes", "1x1", "--quick", "--out", str(tmp_path)]) == 130
+    (path,) = tmp_path.glob("*.json")
+    assert {row["direction"] for row in json.loads(path.read_text())["benchmarks"]} == {"forward"}
+    assert "interrupted" in capsys.readouterr().err
+
+
 def test_noise_is_told_on_the_terminal_and_in_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "_idle_load", lambda: timing.Load(others=0.5, stolen=0.1))
     console = Console(width=200, record=True, quiet=True)
