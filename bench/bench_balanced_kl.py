@@ -6,7 +6,6 @@ Bytes count what must move at least: the inputs forward, and the inputs and thei
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 
@@ -34,7 +33,7 @@ def build(shape: tuple[int, ...], direction: str, device: torch.device) -> Call:
         ops.balanced_kl if categorical else ops.balanced_kl_gaussian,
         tuple(inputs),
         leaves=inputs,
-        work=Work(MOVED[direction] * len(inputs) * 4 * math.prod(shape), "B"),
+        work=Work(MOVED[direction] * len(inputs) * inputs[0].nbytes, "B"),
     )
 
 

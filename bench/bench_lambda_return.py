@@ -1,13 +1,12 @@
 """lambda_return of imagination (15 steps), of a replayed batch (64 steps of 16), and far beyond the caches.
 
-1x1 is what a call costs that has nothing to do. Bytes count float32 tensors: three in and one out; the backward reads
+1x1 is what a call costs that has nothing to do. Bytes count tensors: three in and one out; the backward reads
 the gradient, returns, values and discounts, and writes three.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 
@@ -21,7 +20,7 @@ MOVED = {"forward": 4, "forward+backward": 4 + 7}
 def build(shape: tuple[int, int], direction: str, device: torch.device) -> Call:
     torch.manual_seed(0)
     tensors = [torch.rand(shape, device=device, requires_grad=direction != "forward") for _ in range(3)]
-    work = Work(MOVED[direction] * 4 * math.prod(shape), "B")
+    work = Work(MOVED[direction] * tensors[0].nbytes, "B")
     return Call(ops.lambda_return, tuple(tensors), leaves=tensors, work=work)
 
 

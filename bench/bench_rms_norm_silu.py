@@ -8,7 +8,6 @@ backward.
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 
@@ -24,7 +23,7 @@ def build(shape: tuple[int, int], direction: str, device: torch.device) -> Call:
     torch.manual_seed(0)
     x = torch.randn(shape, device=device, requires_grad=direction != "forward")
     weight = torch.randn(shape[-1], device=device, requires_grad=direction != "forward")
-    work = Work(MOVED[direction] * 4 * math.prod(shape), "B")
+    work = Work(MOVED[direction] * x.nbytes, "B")
     return Call(ops.rms_norm_silu, (x, weight), leaves=(x, weight), work=work)
 
 

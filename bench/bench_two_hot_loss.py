@@ -24,7 +24,7 @@ def build(op: str, shape: tuple[int, int], direction: str, device: torch.device)
     rows, bins = shape
     logits = torch.randn(rows, bins, device=device, requires_grad=direction != "forward")
     inputs = (torch.randn(rows, device=device), symexp_bins(bins).to(device))[OPS.index(op) :]
-    work = Work(MOVED[direction] * 4 * rows * bins, "B")
+    work = Work(MOVED[direction] * logits.nbytes, "B")
     return Call(getattr(ops, op), (logits, *inputs), leaves=(logits,), work=work)
 
 

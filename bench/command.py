@@ -24,6 +24,7 @@ from phyxdream.train.memory import keep_freed_memory
 
 OTHERS, STOLEN, SPREAD = 0.10, 0.02, 0.20  # shares of the machine's time, and IQR over median: more is not quiet
 QUICK_SECONDS = 0.2
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Options:
     seconds: float = 2.0
     threads: int | None = None
     device: str = "auto"
+    dtype: str = "float32"
     out: Path = results.FOLDER
 
 
@@ -69,7 +71,8 @@ class Plan:
                 wanted = case.size in options.sizes
             else:
                 wanted = case.default and (not options.quick or case.size == smallest)
-            if wanted:
+            # What has contenders of its own (a training step, the replay) computes in what it computes in.
+            if wanted and not (case.names and options.dtype != "float32"):
                 yield case
 
 
@@ -86,6 +89,11 @@ def run(options: Options, console: Console | None = None) -> Path:
         raise ConfigError(f"--seconds: expected a positive number, got {options.seconds}")
     if options.threads is not None and options.threads < 1:
         raise ConfigError(f"--threads: expected at least 1, got {options.threads}")
+    if options.dtype not in DTYPES:
+        raise ConfigError(f"--dtype: expected one of {', '.join(DTYPES)}, got {options.dtype!r}"
+                          f"{suggest(options.dtype, DTYPES)}")  # fmt: skip
+    if not plan.suites:
+        raise ConfigError(f"--dtype: none of the chosen suites is one of {options.dtype}")
     if options.out.exists() and not options.out.is_dir():
         raise ConfigError(f"--out: {options.out} is not a directory")
     threads = torch.get_num_threads()
@@ -113,6 +121,7 @@ class _Session:
     def __init__(self, options: Options, plan: Plan, device: torch.device, console: Console):
         self.options, self.plan, self.device, self.console = options, plan, device, console
         self.budget, self.fewest = (QUICK_SECONDS, 3) if options.quick else (options.seconds, 5)
+        self.dtype = getattr(torch, options.dtype)
         self.clock = timing.clock_for(device)
         self.rows: list[dict[str, Any]] = []
         self.skipped: list[dict[str, Any]] = []
@@ -123,11 +132,12 @@ class _Session:
     def run(self) -> Path:
         self.machine = results.machine() | {
             "device": self.device.type,
+            "dtype": self.options.dtype,
             "command": shlex.join(["phyxdream", *sys.argv[1:]]),
             "memory_means": timing.MEMORY_MEANS[self.device.type],
         }
         before = _idle_load()
-        self.peaks = timing.peaks(self.device, seconds=0.1 if self.options.quick else 0.5)
+        self.peaks = timing.peaks(self.device, self.dtype, seconds=0.1 if self.options.quick else 0.5)
         self.machine["peak"] = dataclasses.asdict(self.peaks)
         self._head()
         meter = timing.LoadMeter()
@@ -153,7 +163,7 @@ class _Session:
         m, p = self.machine, self.peaks
         self.console.print(
             f"{results.machine_name(m)}, {m['threads']} torch threads, torch {m['torch']}, phyxdream {m['phyxdream']}: "
-            f"{p.flops / 1e9:.0f} GFLOP/s at best (float32 products of {p.flops_by}), "
+            f"{p.flops / 1e9:.0f} GFLOP/s at best ({self.options.dtype} products of {p.flops_by}), "
             f"{p.bytes / 1e9:.0f} GB/s read and written by a large copy\n"
         )
 
@@ -161,7 +171,7 @@ class _Session:
         head = {"suite": suite.name, "op": case.op, "direction": case.direction, "size": case.size}
         names = case.contenders(self.device, self.options.compile)
         try:
-            with enter(case, self.device, names) as entry:
+            with enter(case, self.device, names, self.dtype) as entry:
                 skipped = entry.skipped
                 if entry.contenders:
                     samples = timing.measure(entry.contenders, self.budget, self.fewest, self.clock)

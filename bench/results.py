@@ -55,17 +55,18 @@ def machine() -> dict[str, Any]:
 
 
 def machine_name(found: Mapping[str, Any]) -> str:
-    """The hardware in a few words.
+    """The hardware in a few words, and the dtype if it is not float32.
 
     >>> machine_name({"cpu": "AMD EPYC 9B14 64-Core Processor", "cores": 2, "gpu": []})
     'AMD EPYC 9B14, 2 cores'
     >>> machine_name({"cpu": "AMD EPYC", "cores": 8, "gpu": ["NVIDIA H200"], "device": "cuda"})
     'NVIDIA H200'
     """
+    dtype = "" if found.get("dtype", "float32") == "float32" else f", {found['dtype']}"
     if found.get("device") == "cuda" and found["gpu"]:
-        return found["gpu"][0]
+        return found["gpu"][0] + dtype
     cpu = re.sub(r"\(R\)|\(TM\)|( \d+-Core)? Processor| CPU @.*", "", found["cpu"] or "CPU").strip()
-    return f"{cpu}, {found['cores']} core{'s' * (found['cores'] != 1)}"
+    return f"{cpu}, {found['cores']} core{'s' * (found['cores'] != 1)}{dtype}"
 
 
 def file_stem(found: Mapping[str, Any]) -> str:

@@ -59,7 +59,7 @@ class Case:
         size: short name, as `--sizes` takes it.
         direction: `forward` (as training calls it), `forward+backward`, `no-grad`, or empty where nothing of the kind
             is meant.
-        build: makes the inputs on a device.
+        build: makes the inputs on a device, in torch's default dtype.
         label: the size in full.
         names: who competes, the one to compare with first: names of `Rivals`, or backends; empty is every backend
             that one op can have.
@@ -114,12 +114,19 @@ class Entry:
 
 
 @contextlib.contextmanager
-def enter(case: Case, device: torch.device, names: Sequence[str]) -> Iterator[Entry]:
-    """Build a case on a device for some of its contenders.
+def enter(
+    case: Case, device: torch.device, names: Sequence[str], dtype: torch.dtype = torch.float32
+) -> Iterator[Entry]:
+    """Build a case on a device for some of its contenders, with floats of `dtype`.
 
     Whoever fails its first call is skipped, with the first line of its complaint: the others can still be timed.
     """
-    built = case.build(device)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        built = case.build(device)
+    finally:
+        torch.set_default_dtype(default)
     entry = Entry(work=built.work)
     try:
         for name in names:
@@ -171,10 +178,12 @@ def _warm_compiler() -> None:
 
 
 def _compiled(case: Case, call: Call, context: Callable) -> Contender:
+    from torch._inductor import config  # takes as long to load as the rest of torch
+
     _warm_compiler()
     torch.compiler.reset()
     # A cache on the disk would make the second bench of a machine tell a compile time that no first user has.
-    with torch._inductor.config.patch(force_disable_caches=True), warnings.catch_warnings():
+    with config.patch(force_disable_caches=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is no cache, among others
         run = runner(case, call, torch.compile(call.function))
         start = time.perf_counter()

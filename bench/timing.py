@@ -224,7 +224,7 @@ def _status(name: str) -> int:
 
 @dataclass(frozen=True)
 class Peaks:
-    """The best rates seen: FLOP/s of a float32 matrix product and by whom, and bytes/s read and written by a copy."""
+    """The best rates seen: FLOP/s of a matrix product and by whom, and bytes/s read and written by a copy."""
 
     flops: float
     flops_by: str
@@ -235,11 +235,11 @@ class Peaks:
         return {"FLOP": self.flops, "B": self.bytes}.get(unit)
 
 
-def peaks(device: torch.device, seconds: float = 0.5) -> Peaks:
+def peaks(device: torch.device, dtype: torch.dtype = torch.float32, seconds: float = 0.5) -> Peaks:
     """Measure them, for about `seconds` each: the best of every product there is, and a copy far beyond the caches."""
     clock, rates = clock_for(device), {}
-    for size in (512, 1024):
-        a, b = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
+    for size in (512, 1024) if device.type == "cpu" else (2048, 8192):  # smaller ones do not fill a GPU
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         for name, run in _products(a, b).items():
             flops = 2 * size**3 / _fastest(run, clock, seconds / 4)
             rates[name] = max(rates.get(name, 0.0), flops)
@@ -258,7 +258,7 @@ def _products(a: torch.Tensor, b: torch.Tensor) -> dict[str, Callable[[], Any]]:
 
         if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
             products["oneDNN"] = lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-        if backend.extension is not None:
+        if backend.extension is not None and a.dtype == torch.float32:
             products["phyxdream"] = lambda: rssm_observe_cpu.product(a, b, out)
     return products
 

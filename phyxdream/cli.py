@@ -93,6 +93,8 @@ class Bench:
     """Threads of torch and of the fused ops; by default torch's own choice."""
     device: str = "auto"
     """cpu, cuda, or auto: CUDA where there is one."""
+    dtype: str = "float32"
+    """Of the fused ops' tensors and weights: float32, bfloat16 or float16."""
     out: Path = Path("bench/results")
     """Directory of the results."""
 

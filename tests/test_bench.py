@@ -101,6 +101,19 @@ def test_backends_are_forced_and_gradients_asked_for():
         assert seen == [("reference", False), (None, False)]
 
 
+@pytest.mark.parametrize("name", ["observe", "step", "kl", "two_hot", "lambda_return", "rms_norm_silu"])
+def test_references_run_in_bfloat16(name):
+    bench = load_suite(name)
+    for case in bench.cases:
+        if case.size == bench.sizes()[0]:
+            with suite.enter(case, CPU, ["reference"], torch.bfloat16) as entry:
+                assert not entry.skipped
+                outputs = entry.contenders[0].run()
+                if case.direction != "forward":  # losses are float32 by contract; gradients are of what came in
+                    assert {x.dtype for x in outputs if x is not None} == {torch.bfloat16}
+    assert torch.get_default_dtype() == torch.float32
+
+
 def test_who_cannot_take_part_is_skipped_with_its_reason():
     def build(device):
         return suite.Call(lambda x: ops.lambda_return(x, x, x), (torch.ones(2, 1, dtype=torch.float64),))
@@ -226,6 +239,8 @@ def test_command_end_to_end(tmp_path, capsys):
         (["kl", "--sizes", "12n"], ["12n", "12m", "v1"]),
         (["kl", "--sizes", "1x1"], ["1x1", "known to the chosen suites"]),
         (["kl", "--device", "tpu"], ["--device", "tpu", "cuda"]),
+        (["kl", "--dtype", "bfloat"], ["--dtype", "did you mean 'bfloat16'"]),
+        (["envs", "replay", "--dtype", "bfloat16"], ["--dtype", "bfloat16", "suites"]),
         (["kl", "--threads", "0"], ["--threads", "0"]),
         (["kl", "--seconds", "0"], ["--seconds", "0"]),
     ],
