@@ -18,8 +18,8 @@ from rich.text import Text
 
 from phyxdream.bench import SUITES, load_suite, results, timing
 from phyxdream.bench.results import bytes_text, rate_text, ratio_text, seconds_text, share_text
-from phyxdream.bench.suite import Case, Suite, enter
-from phyxdream.errors import ConfigError, MissingDependency, suggest
+from phyxdream.bench.suite import Case, Suite, complaint, enter
+from phyxdream.errors import ConfigError, suggest
 from phyxdream.train.memory import keep_freed_memory
 
 OTHERS, STOLEN, SPREAD = 0.10, 0.02, 0.20  # shares of the machine's time, and IQR over median: more is not quiet
@@ -85,7 +85,7 @@ def run(options: Options, console: Console | None = None) -> Path:
     """
     console = console or Console(highlight=False)
     plan, device = Plan.of(options), _device(options.device)
-    if options.seconds <= 0:
+    if not 0 < options.seconds < float("inf"):
         raise ConfigError(f"--seconds: expected a positive number, got {options.seconds}")
     if options.threads is not None and options.threads < 1:
         raise ConfigError(f"--threads: expected at least 1, got {options.threads}")
@@ -94,8 +94,10 @@ def run(options: Options, console: Console | None = None) -> Path:
                           f"{suggest(options.dtype, DTYPES)}")  # fmt: skip
     if not plan.suites:
         raise ConfigError(f"--dtype: none of the chosen suites is one of {options.dtype}")
-    if options.out.exists() and not options.out.is_dir():
-        raise ConfigError(f"--out: {options.out} is not a directory")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out: {options.out} cannot be made: {error.strerror or error}") from error
     threads = torch.get_num_threads()
     torch.set_num_threads(options.threads or threads)
     keep_freed_memory()  # as training does; otherwise page faults on fresh tensors hide what large sizes cost
@@ -176,8 +178,8 @@ class _Session:
                 if entry.contenders:
                     samples = timing.measure(entry.contenders, self.budget, self.fewest, self.clock)
                     memory = {c.name: timing.peak_memory(c, self.device) for c in entry.contenders}
-        except MissingDependency as error:
-            self.skipped += [head | {"backend": name, "reason": str(error)} for name in names]
+        except Exception as error:  # a missing package, or no memory for this size: the other cases go on
+            self.skipped += [head | {"backend": name, "reason": complaint(error)} for name in names]
             return
         self.skipped += [head | {"backend": name, "reason": reason} for name, reason in skipped.items()]
         for contender in entry.contenders:

@@ -1,6 +1,7 @@
 """What a results file holds, and how its figures are written.
 
-    {"machine": {"started", "phyxdream", "torch", "cpu", "cores", "threads", "gpu", ..., "peak", "load", "warnings"},
+    {"machine": {"started", "phyxdream", "torch", "cpu", "cores", "threads", "gpu", "device", "dtype", ..., "peak",
+                 "load", "warnings", "memory_means"},
      "benchmarks": [{"suite", "op", "direction", "size", "label", "backend", "median_seconds", "iqr_seconds", "rounds",
                      "calls", "ratio", "work", "of_peak", "memory_bytes", "setup_seconds", "headline"}, ...],
      "skipped": [{"suite", "op", "direction", "size", "backend", "reason"}, ...]}

@@ -135,13 +135,18 @@ def enter(
                 with contender.context():
                     contender.run()
             except Exception as error:
-                entry.skipped[name] = (str(error).strip() or repr(error)).splitlines()[0]
+                entry.skipped[name] = complaint(error)
             else:
                 entry.contenders.append(contender)
         yield entry
     finally:
         if isinstance(built, Rivals):
             built.close()
+
+
+def complaint(error: Exception) -> str:
+    """The first line of what an error says."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def _rival(name: str, rivals: Rivals) -> Contender:

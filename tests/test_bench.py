@@ -243,6 +243,7 @@ def test_command_end_to_end(tmp_path, capsys):
         (["envs", "replay", "--dtype", "bfloat16"], ["--dtype", "bfloat16", "suites"]),
         (["kl", "--threads", "0"], ["--threads", "0"]),
         (["kl", "--seconds", "0"], ["--seconds", "0"]),
+        (["kl", "--seconds", "nan"], ["--seconds", "nan"]),
     ],
 )
 def test_bad_options_are_one_sentence_before_anything_runs(arguments, words, tmp_path, monkeypatch, capsys):
@@ -256,7 +257,7 @@ def test_bad_options_are_one_sentence_before_anything_runs(arguments, words, tmp
 
 def test_out_must_not_be_a_file(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="file is not a directory"):
+    with pytest.raises(ConfigError, match=r"--out: .*file cannot be made: File exists"):
         command.run(command.Options(["kl"], out=tmp_path / "file"))
 
 
@@ -283,6 +284,23 @@ def test_interrupting_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
     (path,) = tmp_path.glob("*.json")
     assert {row["direction"] for row in json.loads(path.read_text())["benchmarks"]} == {"forward"}
     assert "interrupted" in capsys.readouterr().err
+
+
+def test_a_case_that_cannot_be_built_is_left_out_with_its_reason(tmp_path, monkeypatch, capsys):
+    real = command.enter
+
+    def enter(case, *arguments):
+        if case.direction == "forward":
+            raise MemoryError("no room\nat all")
+        return real(case, *arguments)
+
+    monkeypatch.setattr(command, "enter", enter)
+    assert main(["bench", "lambda_return", "--sizes", "1x1", "--quick", "--out", str(tmp_path)]) == 0
+    assert "left out: reference, cpu of lambda_return 1x1: no room\n" in capsys.readouterr().out
+    (path,) = tmp_path.glob("*.json")
+    found = json.loads(path.read_text())
+    assert {row["reason"] for row in found["skipped"]} == {"no room"}
+    assert {row["direction"] for row in found["benchmarks"]} == {"forward+backward"}
 
 
 def test_noise_is_told_on_the_terminal_and_in_the_file(tmp_path, monkeypatch):
