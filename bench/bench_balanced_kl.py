@@ -1,57 +1,50 @@
-"""balanced_kl on CPU, C++ against the reference, with all of torch's threads.
+"""balanced_kl and balanced_kl_gaussian of 16 sequences of 64 steps.
 
-    pytest bench/bench_balanced_kl.py --benchmark-only -s
-
-Sizes (T·B, S, C) are those of 16 sequences of 64 steps with 32 latent variables: DreamerV2 (32 classes), DreamerV3 with
-12 million parameters (16), and Gaussian states (no classes). GB/s counts what must move at least: the inputs forward,
-and the inputs and their gradients backward.
+Bytes count what must move at least: the inputs forward, and the inputs and their gradients backward.
 """
 
-import statistics
+from __future__ import annotations
 
-import pytest
+import functools
+
 import torch
 
 from phyxdream import ops
+from phyxdream.bench.suite import Call, Case, Suite, Work
 
-SIZES = [(1024, 32, 32), (1024, 32, 16), (1024, 32)]
+SHAPES = {
+    "tiny": (8, 4, 4),
+    "v1": (1024, 30),
+    "12m": (1024, 32, 16),
+    "512": (1024, 32, 32),
+}
 MOVED = {"forward": 1, "forward+backward": 1 + 2}
-medians = {}
 
 
-def work(direction, shape):
+def build(shape: tuple[int, ...], direction: str, device: torch.device) -> Call:
     torch.manual_seed(0)
-    inputs = [torch.randn(shape) for _ in range(2 if len(shape) == 3 else 4)]
-    if len(shape) == 2:
-        inputs[1], inputs[3] = inputs[1].exp(), inputs[3].exp()
-    op = ops.balanced_kl if len(shape) == 3 else ops.balanced_kl_gaussian
-    if direction == "forward":
-        return lambda: op(*inputs)
+    categorical = len(shape) == 3
+    inputs = [torch.randn(shape, device=device) for _ in range(2 if categorical else 4)]
+    if not categorical:
+        inputs[1], inputs[3] = inputs[1].exp(), inputs[3].exp()  # deviations
     for x in inputs:
-        x.requires_grad_()
-    grads = torch.full(shape[:1], 0.5), torch.full(shape[:1], 0.1)
-    return lambda: torch.autograd.grad(op(*inputs), inputs, grads)
+        x.requires_grad_(direction != "forward")
+    return Call(
+        ops.balanced_kl if categorical else ops.balanced_kl_gaussian,
+        tuple(inputs),
+        leaves=inputs,
+        work=Work(MOVED[direction] * len(inputs) * inputs[0].nbytes, "B"),
+    )
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("shape", SIZES, ids=str)
-@pytest.mark.parametrize("direction", MOVED)
-def test_balanced_kl(benchmark, direction, shape, backend):
-    benchmark.group = f"balanced_kl {direction} {shape}"
-    with ops.use_backend(backend):
-        benchmark.pedantic(work(direction, shape), rounds=40, iterations=2, warmup_rounds=4)
-    medians[direction, shape, backend] = statistics.median(benchmark.stats.stats.data)
-
-
-def test_report(benchmark):
-    benchmark.pedantic(lambda: None)  # so that --benchmark-only keeps it
-    print()
-    for direction, times in MOVED.items():
-        for shape in SIZES:
-            reference, fast = (medians[direction, shape, name] for name in ("reference", "cpu"))
-            inputs = 2 if len(shape) == 3 else 4
-            rate = times * inputs * 4 * torch.Size(shape).numel() / fast / 1e9
-            print(
-                f"balanced_kl {direction:16} {shape!s:14} reference {reference * 1e6:8.1f} µs, "
-                f"cpu {fast * 1e6:7.1f} µs: {reference / fast:5.1f}x, {rate:5.1f} GB/s"
-            )
+SUITE = Suite(
+    "kl",
+    "balanced KL of posterior and prior, 16 sequences of 64 steps",
+    tuple(
+        Case("balanced_kl" if len(shape) == 3 else "balanced_kl_gaussian", size, direction,
+             functools.partial(build, shape, direction), "×".join(map(str, shape)), default=size != "tiny",
+             headline=direction != "forward" and size != "tiny")
+        for size, shape in SHAPES.items()
+        for direction in MOVED
+    ),
+)  # fmt: skip

@@ -1,76 +1,38 @@
-"""λ-return on CPU, C++ against the reference: `pytest bench/bench_lambda_return.py --benchmark-only -s`.
+"""lambda_return of imagination (15 steps), of a replayed batch (64 steps of 16), and far beyond the caches.
 
-The last lines give, per size, the ratio in this run and what a fast call cannot go below: its overhead (what a (1, 1)
-call costs) plus moving its tensors (at the rate of one core adding two arrays of that size).
+1x1 is what a call costs that has nothing to do. Bytes count tensors: three in and one out; the backward reads
+the gradient, returns, values and discounts, and writes three.
 """
 
-import statistics
+from __future__ import annotations
 
-import numpy as np
-import pytest
+import functools
+
 import torch
 
 from phyxdream import ops
+from phyxdream.bench.suite import Call, Case, Suite, Work
 
-# The backward of the reference is quadratic in T (each step's gradient fills a whole tensor): the widest is left out.
-SIZES = {"forward": [(15, 1024), (64, 16), (64, 8192)], "forward+backward": [(15, 1024), (64, 16)]}
-# float32 tensors moved: three in and one out; the backward reads the gradient, returns, values and discounts, writes 3
+SHAPES = ((1, 1), (64, 16), (15, 1024), (64, 8192))
 MOVED = {"forward": 4, "forward+backward": 4 + 7}
-medians = {}
 
 
-def median(benchmark, function):
-    # Ten calls a round: what a call costs in a loop, with caches and worker threads warm.
-    benchmark.pedantic(function, rounds=100, iterations=10, warmup_rounds=3)
-    return statistics.median(benchmark.stats.stats.data) * 1e6
-
-
-def inputs(shape, requires_grad):
+def build(shape: tuple[int, int], direction: str, device: torch.device) -> Call:
     torch.manual_seed(0)
-    return [torch.rand(shape, requires_grad=requires_grad) for _ in range(3)]
+    tensors = [torch.rand(shape, device=device, requires_grad=direction != "forward") for _ in range(3)]
+    work = Work(MOVED[direction] * tensors[0].nbytes, "B")
+    return Call(ops.lambda_return, tuple(tensors), leaves=tensors, work=work)
 
 
-def work(direction, shape, backend):
-    tensors = inputs(shape, direction != "forward")
-    grad = torch.rand(shape)
-
-    def forward():
-        return ops.lambda_return(*tensors)
-
-    def forward_backward():
-        return torch.autograd.grad(ops.lambda_return(*tensors), tensors, grad)
-
-    return forward if direction == "forward" else forward_backward
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize(
-    ("direction", "shape"),
-    [(direction, shape) for direction in SIZES for shape in [(1, 1), *SIZES[direction]]],
-    ids=str,
-)
-def test_lambda_return(benchmark, direction, shape, backend):
-    benchmark.group = f"lambda_return {direction} {shape}"
-    with ops.use_backend(backend):
-        medians[direction, shape, backend] = median(benchmark, work(direction, shape, backend))
-
-
-@pytest.mark.parametrize("shape", SIZES["forward"], ids=str)
-def test_memory(benchmark, shape):
-    benchmark.group = f"memory {shape}"
-    a, b, out = (np.ones(shape, np.float32) for _ in range(3))
-    medians["memory", shape] = median(benchmark, lambda: np.add(a, b, out=out)) / 3  # a tensor
-
-
-def test_report(benchmark):
-    benchmark.pedantic(lambda: None)  # so that --benchmark-only keeps it
-    print()
-    for direction, tensors in MOVED.items():
-        overhead = medians[direction, (1, 1), "cpu"]
-        for shape in SIZES[direction]:
-            reference, fast = (medians[direction, shape, name] for name in ("reference", "cpu"))
-            memory = tensors * medians["memory", shape]
-            print(
-                f"lambda_return {direction:16} {shape!s:10} reference {reference:8.1f} µs, cpu {fast:7.1f} µs: "
-                f"{reference / fast:5.1f}x; call overhead {overhead:.1f} µs, memory {memory:.1f} µs"
-            )
+SUITE = Suite(
+    "lambda_return",
+    "λ-returns, (steps, sequences)",
+    tuple(
+        Case("lambda_return", "x".join(map(str, shape)), direction, functools.partial(build, shape, direction),
+             "×".join(map(str, shape)), headline=shape in ((64, 16), (15, 1024)))
+        for shape in SHAPES
+        for direction in MOVED
+        # The backward of the reference is quadratic in T (each step's gradient fills a whole tensor).
+        if (shape, direction) != ((64, 8192), "forward+backward")
+    ),
+)  # fmt: skip

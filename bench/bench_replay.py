@@ -1,7 +1,7 @@
 """The replay beside a memcpy of the same slices, NumPy, cpprb, torchrl, sheeprl and DreamerV3's way, in one run.
 
-    python bench/bench_replay.py [--steps 100000] [--rounds 15] [--save NAME]
-    pytest bench/bench_replay.py --benchmark-only      (the replay alone, small)
+    python -m phyxdream.bench.bench_replay [--steps 100000] [--rounds 15] [--save NAME]
+    phyxdream bench replay                             (the replay beside memcpy and NumPy, small)
 
 A batch is 16 sequences of 64 steps of a 64×64×3 uint8 image, 6 float32 actions, a reward and is_first: 12.6 MB. All
 hold the same steps of 8 environments in a full buffer (12 GB in all at the default), and one batch of each is checked:
@@ -37,12 +37,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
+from phyxdream.bench.results import FOLDER, machine
+from phyxdream.bench.suite import Case, Rivals, Suite, Work
+from phyxdream.errors import MissingDependency
 from phyxdream.replay import Replay
 from phyxdream.train.memory import keep_freed_memory
-from phyxdream.train.run import environment
 
 BATCH, LENGTH, ENVS, EPISODE = 16, 64, 8, 500
 REST = {"action": ((6,), "float32"), "reward": ((), "float32"), "is_first": ((), "bool")}
@@ -82,7 +83,9 @@ extern "C" void slices(size_t keys, char** columns, char** arrays, const size_t*
 
 @functools.cache
 def native_slices() -> Any:
-    compiler = shutil.which("c++") or sys.exit("the floor needs a C++ compiler called c++")
+    compiler = shutil.which("c++")
+    if not compiler:
+        raise MissingDependency("the floor needs a C++ compiler called c++")
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "floor.cpp").write_text(FLOOR_SOURCE)
         command = [compiler, "-O3", "-std=c++17", "-pthread", "-shared", "-fPIC", "floor.cpp", "-o", "floor.so"]
@@ -387,12 +390,11 @@ class Report:
             print(f"{name:36}{figures}", flush=True)
 
     def save(self, name: str) -> None:
-        kept = ("started", "phyxdream", "python", "torch", "numpy", "platform", "cpu", "cores", "threads", "gpu")
-        found, folder = environment(), Path(__file__).parent / "results"
-        result = {"machine": {k: found.get(k) for k in kept} | {"load before": self.load}, "benchmarks": self.rows}
+        result = {"machine": machine() | {"load before": self.load}, "benchmarks": self.rows}
         result |= {"ratios": self.ratios, "fill": self.fills}
-        (folder / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        self.plot(folder / f"{name}.png")
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        (FOLDER / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        self.plot(FOLDER / f"{name}.png")
 
     def plot(self, path: Path) -> None:
         from matplotlib.figure import Figure
@@ -576,7 +578,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100_000, help="steps of images in the buffer")
     parser.add_argument("--rounds", type=int, default=15, help="at least 2")
-    parser.add_argument("--save", metavar="NAME", help="write bench/results/NAME.json and NAME.png")
+    parser.add_argument("--save", metavar="NAME", help=f"write {FOLDER}/NAME.json and NAME.png")
     arguments = parser.parse_args()
     keep_freed_memory()
     rows, rounds, report = arguments.steps // ENVS, arguments.rounds, Report()
@@ -594,38 +596,45 @@ def main() -> None:
         report.save(arguments.save)
 
 
-# ---- The replay alone under pytest-benchmark.
+# ---- Small, for `phyxdream bench`.
+
+# What a step holds, in words and as a spec, and how many steps an environment holds. Bytes are those read and written.
+SMALL = {"tiny": ("10×5 float32", CATCH, 200), "pictures": ("64×64×3 uint8", IMAGE, 1000)}
 
 
-@pytest.fixture(scope="module")
-def replay():
-    ours = Ours(IMAGE, 1000, LATENTS)
-    fill(IMAGE | LATENTS, 1000, [ours])
-    return ours.replay
+def build(size: str, what: str, device: torch.device) -> Rivals:
+    _, spec, rows = SMALL[size]
+    ours, columns = Ours(spec, rows, LATENTS), Columns(spec | LATENTS, rows)
+    fill(spec | LATENTS, rows, [ours, columns])
+    batch = BATCH * LENGTH
+    if what == "update":
+        step_id, deter = ours.sample()["step_id"], torch.ones(LENGTH, BATCH, *LATENTS["deter"][0])
+        runs = {"phyxdream": lambda: ours.replay.update(step_id, deter=deter)}
+        return Rivals(runs, Work(2 * batch * size_of(LATENTS), "B"))
+    if what == "add":
+        step = {key: np.zeros((ENVS, *shape), dtype) for key, (shape, dtype) in spec.items()}
+        return Rivals({"phyxdream": lambda: ours.replay.add(step)}, Work(2 * ENVS * size_of(spec), "B"))
+    loader = ours.replay.loader(BATCH, LENGTH, prefetch=0)
+    runs: dict[str, Task | str] = {"numpy": columns.slice_loop, "sample": ours.sample}
+    runs["loader"] = functools.partial(next, loader)
+    try:
+        runs["memcpy"] = columns.floor(spec | LATENTS)
+    except MissingDependency as error:
+        runs["memcpy"] = str(error)
+    return Rivals(runs, Work(2 * batch * size_of(spec | LATENTS), "B"), loader.close)
 
 
-def test_sample(benchmark, replay):
-    benchmark.group = "replay"
-    benchmark.pedantic(replay.sample, (BATCH, LENGTH), rounds=50, warmup_rounds=5)
-
-
-@pytest.mark.parametrize("prefetch", [0, 2])
-def test_loader(benchmark, replay, prefetch):
-    benchmark.group = "replay"
-    with replay.loader(BATCH, LENGTH, prefetch=prefetch) as loader:
-        benchmark.pedantic(next, (loader,), rounds=50, warmup_rounds=5)
-
-
-def test_update(benchmark, replay):
-    benchmark.group = "replay"
-    step_id, deter = replay.sample(BATCH, LENGTH)["step_id"], torch.ones(LENGTH, BATCH, 2048)
-    benchmark.pedantic(lambda: replay.update(step_id, deter=deter), rounds=50, warmup_rounds=5)
-
-
-def test_add(benchmark, replay):
-    benchmark.group = "replay"
-    step = {key: np.zeros((ENVS, *shape), dtype) for key, (shape, dtype) in IMAGE.items()}
-    benchmark.pedantic(replay.add, (step,), rounds=50, iterations=50, warmup_rounds=5)
+SUITE = Suite(
+    "replay",
+    f"the replay, batches of {BATCH}×{LENGTH} steps with 8 KB of latents",
+    tuple(
+        Case(what, size, "", functools.partial(build, size, what), f"{label} and latents, {rows * ENVS:,} steps",
+             names=("memcpy", "numpy", "sample", "loader") if what == "sample" else ("phyxdream",),
+             default=size != "tiny")
+        for size, (label, _, rows) in SMALL.items()
+        for what in ("sample", "update", "add")
+    ),
+)  # fmt: skip
 
 
 if __name__ == "__main__":

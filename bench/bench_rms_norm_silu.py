@@ -1,54 +1,39 @@
-"""rms_norm_silu on CPU, C++ against the reference (torch's rms_norm, then silu), with all of torch's threads.
-
-    pytest bench/bench_rms_norm_silu.py --benchmark-only -s
+"""rms_norm_silu (the reference: torch's rms_norm, then silu).
 
 Sizes are those of DreamerV3 on 64×64 pictures, 16 sequences of 64 steps: pictures as (pixels, channels), then dense
-layers, then one step of the RSSM. GB/s counts what must move at least: x and y forward, and x, grad_y and grad_x
+layers, then one step of the RSSM. Bytes count what must move at least: x and y forward, and x, grad_y and grad_x
 backward.
 """
 
-import statistics
+from __future__ import annotations
 
-import pytest
+import functools
+
 import torch
 
 from phyxdream import ops
+from phyxdream.bench.suite import Call, Case, Suite, Work
 
-SIZES = [(1024 * 32 * 32, 32), (1024 * 16 * 16, 64), (1024 * 4 * 4, 256), (16384, 512), (1024, 512), (16, 512)]
+SHAPES = ((16, 512), (1024, 512), (16384, 512), (1024 * 4 * 4, 256), (1024 * 16 * 16, 64), (1024 * 32 * 32, 32))
 MOVED = {"forward": 2, "forward+backward": 2 + 3}
-medians = {}
+HEADLINE = ((16, 512), (16384, 512), (1024 * 32 * 32, 32))
 
 
-def work(direction, shape):
+def build(shape: tuple[int, int], direction: str, device: torch.device) -> Call:
     torch.manual_seed(0)
-    x = torch.randn(shape, requires_grad=direction != "forward")
-    weight = torch.randn(shape[-1], requires_grad=direction != "forward")
-    grad = torch.randn(shape)
-    if direction == "forward":
-        return lambda: ops.rms_norm_silu(x, weight)
-    return lambda: torch.autograd.grad(ops.rms_norm_silu(x, weight), (x, weight), grad)
+    x = torch.randn(shape, device=device, requires_grad=direction != "forward")
+    weight = torch.randn(shape[-1], device=device, requires_grad=direction != "forward")
+    work = Work(MOVED[direction] * x.nbytes, "B")
+    return Call(ops.rms_norm_silu, (x, weight), leaves=(x, weight), work=work)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("shape", SIZES, ids=str)
-@pytest.mark.parametrize("direction", MOVED)
-def test_rms_norm_silu(benchmark, direction, shape, backend):
-    benchmark.group = f"rms_norm_silu {direction} {shape}"
-    small = shape[0] <= 1024
-    with ops.use_backend(backend):
-        benchmark.pedantic(work(direction, shape), rounds=50 if small else 7, iterations=10 if small else 1,
-                           warmup_rounds=4)  # fmt: skip
-    medians[direction, shape, backend] = statistics.median(benchmark.stats.stats.data)
-
-
-def test_report(benchmark):
-    benchmark.pedantic(lambda: None)  # so that --benchmark-only keeps it
-    print()
-    for direction, tensors in MOVED.items():
-        for shape in SIZES:
-            reference, fast = (medians[direction, shape, name] for name in ("reference", "cpu"))
-            rate = tensors * 4 * shape[0] * shape[1] / fast / 1e9
-            print(
-                f"rms_norm_silu {direction:16} {shape!s:14} reference {reference * 1e6:10.1f} µs, "
-                f"cpu {fast * 1e6:9.1f} µs: {reference / fast:5.1f}x, {rate:5.1f} GB/s"
-            )
+SUITE = Suite(
+    "rms_norm_silu",
+    "RMS norm and SiLU in one pass, (rows, features)",
+    tuple(
+        Case("rms_norm_silu", "x".join(map(str, shape)), direction, functools.partial(build, shape, direction),
+             "×".join(map(str, shape)), headline=direction == "forward+backward" and shape in HEADLINE)
+        for shape in SHAPES
+        for direction in MOVED
+    ),
+)  # fmt: skip

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 import torch
 import triton
 import triton.language as tl
-from phyxdream.kernels.rows import flat, memory_order, written
 from torch import Tensor
+
+from phyxdream.kernels.rows import flat, memory_order, written
 
 TILE = 1024  # elements of one tensor per step of a program
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from phyxdream.kernels.rows import flat, memory_order, written
 from torch import Tensor
+
+from phyxdream.kernels.rows import flat, memory_order, written
 
 TILE = 4096  # elements per tile, where rows are short enough for several
 PROGRAMS = 1024  # of the backward, at most: some eight per multiprocessor of the largest GPUs

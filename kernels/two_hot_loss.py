@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from phyxdream.kernels.rows import flat, memory_order, written
 from torch import Tensor
+
+from phyxdream.kernels.rows import flat, memory_order, written
 
 TILE = 1024  # elements per tile where rows are short enough for several: 1024 rows of 255 occupy a large GPU
 MOST_ROWS = 8  # per tile, which keeps the backward's addresses in registers

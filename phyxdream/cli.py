@@ -1,10 +1,10 @@
-"""The command line: train, eval, report, replay, info. Typed options come from `DreamerConfig`."""
+"""The command line: train, eval, report, replay, bench, info. Typed options come from `DreamerConfig`."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +22,7 @@ USAGE = """usage: phyxdream COMMAND [...]
   eval RUN [--options]         evaluate the trained agent of a run directory
   report RUN                   write the HTML report of a run directory
   replay inspect PATH          what lies in the replay of a run, a checkpoint or a snapshot
+  bench [SUITE...]             time the fused ops against PyTorch on this machine; a table, a JSON file, pictures
   info                         backends and environments found, versions, GPU, and why something is off
 
 `phyxdream COMMAND --help` lists the options of a command. Presets: {presets}."""
@@ -70,11 +71,39 @@ class ReplayInspect:
     """Also write a contact sheet of frames to this PNG; without pictures, plots of returns and of one episode."""
 
 
+@dataclass
+class Bench:
+    """Time the fused ops, a gradient step, the replay and the environments on this machine, against plain PyTorch.
+
+    Every suite runs where none is named; --sizes takes the sizes that its tables show. Contenders take turns; figures
+    are medians. --quick takes half a minute, everything some ten, --compile some more for every size of a scan.
+    """
+
+    suites: Annotated[list[str], tyro.conf.Positional] = field(default_factory=list)
+    """observe, step, kl, two_hot, lambda_return, rms_norm_silu, update, replay, envs."""
+    sizes: list[str] = field(default_factory=list)
+    """Only these sizes, such as v1, 512, 12m; also those that are left out otherwise."""
+    compile: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Also the reference under torch.compile, which takes minutes to compile: how many is a column."""
+    quick: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Only the smallest size of each suite, and few rounds."""
+    seconds: float = 2.0
+    """Time for the rounds of one case; at least five rounds are run."""
+    threads: int | None = None
+    """Threads of torch and of the fused ops; by default torch's own choice."""
+    device: str = "auto"
+    """cpu, cuda, or auto: CUDA where there is one."""
+    dtype: str = "float32"
+    """Of the fused ops' tensors and weights: float32, bfloat16 or float16."""
+    out: Path = Path("bench/results")
+    """Directory of the results."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 an error the user can act on, 2 wrong usage, 128+n signal n."""
     argv = sys.argv[1:] if argv is None else argv
     commands: dict[str, Callable[[list[str]], int]] = {
-        "train": _train, "eval": _eval, "report": _report, "replay": _replay, "info": _info,
+        "train": _train, "eval": _eval, "report": _report, "replay": _replay, "bench": _bench, "info": _info,
     }  # fmt: skip
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE.format(presets=", ".join(PRESETS)))
@@ -175,6 +204,14 @@ def _replay(argv: list[str]) -> int:
     if options.frames:
         write_contact_sheet(found, options.frames)
         print(f"frames: {options.frames}")
+    return 0
+
+
+def _bench(argv: list[str]) -> int:
+    options = tyro.cli(Bench, args=argv, prog="phyxdream bench")
+    from phyxdream.bench.command import Options, run
+
+    run(Options(**asdict(options)))
     return 0
 
 
