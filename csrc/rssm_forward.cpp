@@ -8,35 +8,58 @@ namespace scan {
 // ---------------------------------------------------------------------------------------------------------------------
 // What layers read of z, and a policy's or prior's layers.
 
+// The sums of the rows that the classes pick of a slice of a table, `count` floats from where `slice` points.
+PHYX_INLINE void add_classes(float* __restrict sum, const float* slice, const int32_t* index, int64_t S, int64_t C,
+                             int64_t count) {
+#if defined(__GNUC__)
+  if (count == kSlice) {  // in registers: few instructions a row let the processor fetch many rows at once
+    typedef float Vector __attribute__((vector_size(4 * kTile), aligned(4), may_alias));
+    Vector a{}, b{}, c{}, d{};
+    for (int64_t v = 0; v < S; ++v) {
+      const auto* row = reinterpret_cast<const Vector*>(slice + (v * C + index[v]) * kSlice);
+      a += row[0];
+      b += row[1];
+      c += row[2];
+      d += row[3];
+    }
+    auto* to = reinterpret_cast<Vector*>(sum);
+    to[0] = a;
+    to[1] = b;
+    to[2] = c;
+    to[3] = d;
+    return;
+  }
+#endif
+  std::memset(sum, 0, sizeof(float) * count);
+  for (int64_t v = 0; v < S; ++v) {
+    const float* __restrict row = slice + (v * C + index[v]) * kSlice;
+    for (int64_t i = 0; i < count; ++i) sum[i] += row[i];
+  }
+}
+
 // What a categorical z brings to features [begin, end) of a layer: each one-hot picks a row of the transposed weight.
 // At step 0, z may be anything, and what it brings is given: `first` (B, size).
 PHYX_MULTIVERSION void gather(const Scan& s, const Floats& table, int64_t size, const float* first, const Lanes& to,
-                        int64_t t, int64_t begin, int64_t end) {
-  constexpr int64_t kMost = 128;
-  const int64_t S = s.Z / s.C, padded = (size + kTile - 1) / kTile * kTile;
-  alignas(64) float sums[kLanes][kMost];
-  for (int64_t g = 0; g < s.groups; ++g)
-    for (int64_t from = begin; from < end; from += kMost) {
-      const int64_t count = std::min(kMost, end - from);
+                              int64_t t, int64_t begin, int64_t end) {
+  const int64_t S = s.Z / s.C;
+  alignas(64) float sums[kLanes][kSlice];
+  for (int64_t from = begin, count; from < end; from += count) {
+    const int64_t offset = from % kSlice;
+    count = std::min(kSlice - offset, end - from);
+    const float* slice = table.get() + from / kSlice * s.Z * kSlice + offset;
+    for (int64_t g = 0; g < s.groups; ++g) {
       for (int l = 0; l < s.used(g); ++l) {
         const int64_t b = s.sequence(g) + l;
-        float* sum = sums[l];
-        if (t == 0) {
-          std::memcpy(sum, first + b * size + from, sizeof(float) * count);
-        } else if (s.first_at(t, g)[l] != 0.0f) {
-          std::memcpy(sum, s.stoch_start + from, sizeof(float) * count);
-        } else {
-          const int32_t* index = s.index + ((t - 1) * s.B + b) * S;
-          const int64_t whole = (count + kTile - 1) / kTile * kTile;  // the table's rows are padded
-          std::memset(sum, 0, sizeof(float) * whole);
-          for (int64_t v = 0; v < S; ++v) {
-            const float* __restrict row = table.get() + (v * s.C + index[v]) * padded + from;
-            for (int64_t i = 0; i < whole; ++i) sum[i] += row[i];
-          }
-        }
+        if (t == 0)
+          std::memcpy(sums[l], first + b * size + from, sizeof(float) * count);
+        else if (s.first_at(t, g)[l] != 0.0f)
+          std::memcpy(sums[l], s.stoch_start + from, sizeof(float) * count);
+        else
+          add_classes(sums[l], slice, s.index + ((t - 1) * s.B + b) * S, S, s.C, count);
       }
-      from_rows(to.at(g, from), sums[0], kMost, s.used(g), static_cast<int>(count));
+      from_rows(to.at(g, from), sums[0], kSlice, s.used(g), static_cast<int>(count));
     }
+  }
 }
 
 // Tiles [begin, end) of a head's layer before its norm. The policy reads the state before the step, others that after.

@@ -188,14 +188,17 @@ void set_up(Scan& s, const Arguments& a, const Weights& weights, int64_t groups,
 // ---------------------------------------------------------------------------------------------------------------------
 // Weights.
 
-// The transposed weight (size, Z) with rows of `row` floats, and its own rows padded to whole tiles.
+// The transposed weight (size, Z) with rows of `row` floats, in slices.
 Floats transposed(const float* weight, int64_t size, int64_t Z, int64_t row, int threads) {
-  const int64_t padded = (size + kTile - 1) / kTile * kTile;
-  Floats table(Z * padded);
-  parallel_for(Z, 64, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t u0 = 0; u0 < padded; u0 += kTile)
-      for (int64_t z = begin; z < end; ++z)
-        for (int64_t u = u0; u < u0 + kTile; ++u) table.get()[z * padded + u] = u < size ? weight[u * row + z] : 0.0f;
+  const int64_t slices = (size + kSlice - 1) / kSlice;
+  Floats table(slices * Z * kSlice);
+  parallel_for(slices * Z, 64, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t u0 = 0; u0 < kSlice; u0 += kTile)  // so that neither side strides through memory for long
+      for (int64_t i = begin; i < end; ++i)
+        for (int64_t u = u0; u < u0 + kTile; ++u) {
+          const int64_t feature = i / Z * kSlice + u;
+          table.get()[i * kSlice + u] = feature < size ? weight[feature * row + i % Z] : 0.0f;
+        }
   });
   return table;
 }

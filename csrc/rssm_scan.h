@@ -26,6 +26,7 @@ enum class Cell { kGru, kLayerNorm, kBlock };
 enum class Act { kIdentity, kSilu, kElu, kRelu };
 enum class Policy { kCategorical, kBoundedNormal, kTanhNormal };
 
+constexpr int64_t kSlice = 64;  // features that a table of what one-hots bring keeps together: some 1000 rows fit a cache
 constexpr int64_t kUnit = 4;  // groups whose gradients of gains and shifts are summed in one go; blocks are made of them
 
 // What Python gives: addresses of contiguous float32 memory (or None), and numbers, by name.
@@ -98,14 +99,14 @@ struct Head {
 struct HeadWeights {
   Panels deter, stoch, out;
   std::vector<Panels> hidden;  // between layers
-  Floats table;                // (Z, padded size): the transposed weight of a categorical z
+  Floats table;                // (slices, Z, kSlice): the transposed weight of a categorical z
 };
 
 // Weights as the forward or, transposed, the backward reads them; laid out once for all threads.
 struct Weights {
   Panels from_stoch, from_action, from_deter, mix_deter, mix_inputs, gates_x, gates_h, gate[3], gate_h[3];
   HeadWeights state, policy;
-  Floats table;  // (Z, padded U): transposed stoch weight
+  Floats table;  // likewise, of the cell
 };
 
 // One thread's view of the problem (all sequences) and its memory (those of a block).
