@@ -89,8 +89,7 @@ class Step:
 
     @torch.no_grad()
     def imagination(self):
-        policy = lambda feature: self.model.actor(feature).sample(self.generator)  # noqa: E731
-        return self.world.rssm.imagine_policy(policy, self.start, self.config.imagine_horizon)
+        return self.world.rssm.imagine_policy(self.model.actor, self.start, self.config.imagine_horizon)
 
     def behaviour(self):
         c, m = self.config, self.model

@@ -112,9 +112,8 @@ class DreamerV3(nn.Module):
         c = self.config
         # REINFORCE needs no gradient through the dynamics.
         with torch.no_grad():
-            policy = lambda feature: self.actor(feature).sample(generator)  # noqa: E731
             rssm, start = self.world_model.rssm, post.flatten()
-            trajectory = rssm.imagine_policy(policy, start, c.imagine_horizon, generator=generator)
+            trajectory = rssm.imagine_policy(self.actor, start, c.imagine_horizon, generator=generator)
             feature = trajectory.state.feature
             reward, cont = self.world_model.reward(feature).mode, self.world_model.cont(feature).mean
         behaviour, returns = imagination_loss(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from phyxdream.errors import ConfigError, suggest
 from phyxdream.nn.distributions import Bernoulli, Normal, OneHotCategorical, TanhNormal, TwoHotSymlog, symexp_bins
 from phyxdream.nn.layers import MLP, linear
+from phyxdream.ops import rssm_cells
 
 
 class TwoHotHead(nn.Module):
@@ -60,7 +58,7 @@ class NormalHead(nn.Module):
         return Normal(mean, torch.ones_like(mean))
 
 
-ACTORS = ("categorical", "bounded_normal", "tanh_normal")
+ACTORS = rssm_cells.POLICIES
 
 
 class Actor(nn.Module):
@@ -88,7 +86,8 @@ class Actor(nn.Module):
         super().__init__()
         if dist not in ACTORS:
             raise ConfigError(f"dist: expected one of {list(ACTORS)}, got {dist!r}{suggest(dist, ACTORS)}")
-        self.dist, self.unimix, self.min_std, self.max_std = dist, unimix, min_std, max_std
+        self.dist, self.act, self.unimix, self.min_std, self.max_std = dist, act, unimix, min_std, max_std
+        self.action_size = action_size
         self.mlp = MLP(inputs, units, layers, act, norm)
         # Near-uniform start: a first policy with opinions explores badly.
         self.out = linear(self.mlp.out_size, action_size * (1 if dist == "categorical" else 2), scale=0.01)
@@ -97,8 +96,12 @@ class Actor(nn.Module):
         out = self.out(self.mlp(feature))
         if self.dist == "categorical":
             return OneHotCategorical(out, self.unimix)
-        mean, std = out.chunk(2, -1)
-        if self.dist == "bounded_normal":
-            span = self.max_std - self.min_std
-            return Normal(torch.tanh(mean), span * torch.sigmoid(std + 2) + self.min_std)
-        return TanhNormal(5 * torch.tanh(mean / 5), F.softplus(std + math.log(math.expm1(5))) + 1e-4)
+        mean, std = rssm_cells.action_moments(out, self.dist, self.min_std, self.max_std)
+        return Normal(mean, std) if self.dist == "bounded_normal" else TanhNormal(mean, std)
+
+    def draw_noise(self, *leading: int, generator: torch.Generator | None = None) -> Tensor:
+        """Noise (..., A) for `leading` actions of `RSSM.imagine_policy`: uniform for one-hot ones, else standard
+        normal."""
+        draw = torch.rand if self.dist == "categorical" else torch.randn
+        like = self.out.weight
+        return draw((*leading, self.action_size), generator=generator, device=like.device, dtype=like.dtype)

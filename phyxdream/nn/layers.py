@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from phyxdream import ops
 from phyxdream.errors import ConfigError, suggest
+from phyxdream.ops.rssm_cells import HeadWeights, LayerWeights
 
 ACTIVATIONS = {"silu": nn.SiLU, "elu": nn.ELU, "relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh}
 NORMS = ("rms", "layer", "none")
@@ -84,6 +85,17 @@ class MLP(nn.Sequential):
         sizes = [inputs] + [units] * layers
         super().__init__(*(Dense(i, o, act, norm_) for i, o in itertools.pairwise(sizes)))
         self.out_size = sizes[-1]
+
+
+def affine(norm_: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """Gain and shift of a norm, None where it has none."""
+    return getattr(norm_, "weight", None), getattr(norm_, "bias", None)
+
+
+def head_weights(mlp: MLP, out: nn.Linear) -> HeadWeights:
+    """The parameters of an MLP and the layer after it, as the ops take them."""
+    layers = tuple(LayerWeights(layer.weight, layer.bias, *affine(norm_)) for layer, norm_, _ in mlp)
+    return HeadWeights(layers, out.weight, out.bias)
 
 
 class BlockLinear(nn.Module):

@@ -12,14 +12,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from phyxdream import ops
 from phyxdream.errors import ConfigError, suggest
-from phyxdream.nn.layers import LAYER_EPS, MLP, RMS_EPS, BlockLinear, Dense, linear, norm, norm_act
+from phyxdream.nn.layers import (
+    LAYER_EPS,
+    MLP,
+    RMS_EPS,
+    BlockLinear,
+    Dense,
+    affine,
+    head_weights,
+    linear,
+    norm,
+    norm_act,
+)
 from phyxdream.ops import rssm_cells
+
+if TYPE_CHECKING:
+    from phyxdream.nn.heads import Actor
 
 
 @dataclass
@@ -111,7 +126,7 @@ class GRU(Cell):
     def weights(self) -> rssm_cells.GRUWeights:
         gru = self.gru
         return rssm_cells.GRUWeights(
-            self.in_stoch.weight, self.in_action.weight, self.in_action.bias, *_affine(self.norm),
+            self.in_stoch.weight, self.in_action.weight, self.in_action.bias, *affine(self.norm),
             gru.weight_ih, gru.weight_hh, gru.bias_ih, gru.bias_hh,
         )  # fmt: skip
 
@@ -128,8 +143,8 @@ class LayerNormGRU(Cell):
 
     def weights(self) -> rssm_cells.LayerNormGRUWeights:
         return rssm_cells.LayerNormGRUWeights(
-            self.in_stoch.weight, self.in_action.weight, self.in_action.bias, *_affine(self.norm),
-            self.gates.weight, *_affine(self.gates_norm),
+            self.in_stoch.weight, self.in_action.weight, self.in_action.bias, *affine(self.norm),
+            self.gates.weight, *affine(self.gates_norm),
         )  # fmt: skip
 
 
@@ -154,15 +169,10 @@ class BlockGRU(Cell):
     def weights(self) -> rssm_cells.BlockGRUWeights:
         inputs = (self.in_deter, self.in_stoch, self.in_action)
         return rssm_cells.BlockGRUWeights(
-            *(x for dense in inputs for x in (dense[0].weight, dense[0].bias, *_affine(dense[1]))),
-            self.mix_deter.weight, self.mix_inputs.weight, self.mix_inputs.bias, *_affine(self.norm),
+            *(x for dense in inputs for x in (dense[0].weight, dense[0].bias, *affine(dense[1]))),
+            self.mix_deter.weight, self.mix_inputs.weight, self.mix_inputs.bias, *affine(self.norm),
             self.gates.weight, self.gates.bias,
         )  # fmt: skip
-
-
-def _affine(norm_: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    """Gain and shift of a norm, None where it has none."""
-    return getattr(norm_, "weight", None), getattr(norm_, "bias", None)
 
 
 def _split_linear(stoch: int, action: int, hidden: int, bias: bool) -> tuple[nn.Linear, nn.Linear]:
@@ -378,14 +388,14 @@ class RSSM(nn.Module):
             state = start.map(lambda x: x.expand(B, *x.shape))
         layer, norm_, _ = self.posterior_in
         posterior = rssm_cells.PosteriorWeights(
-            layer.weight, layer.bias, *_affine(norm_), self.posterior_out.weight, self.posterior_out.bias
+            layer.weight, layer.bias, *affine(norm_), self.posterior_out.weight, self.posterior_out.bias
         )
-        deter, stoch, *distribution = ops.rssm_observe(
-            embed, action, is_first.bool(), state.deter, state.stoch, noise, self.cell.weights(), posterior,
-            initial_deter=start.deter, initial_stoch=start.stoch, **self.cell.options._asdict(),
+        return self._state(
+            *ops.rssm_observe(
+                embed, action, is_first.bool(), state.deter, state.stoch, noise, self.cell.weights(), posterior,
+                initial_deter=start.deter, initial_stoch=start.stoch, **self.cell.options._asdict(),
+            )
         )  # fmt: skip
-        names = ("logits",) if self.classes else ("mean", "std")
-        return State(deter, stoch, **dict(zip(names, distribution, strict=True)))
 
     def imagine(
         self,
@@ -397,30 +407,51 @@ class RSSM(nn.Module):
         """Open loop: the prior states (H, B, ...) that follow `state` (B, ...) under `action` (H, B, A)."""
         self._check_state(state, None)
         self._check(action, "action", (None, state.deter.shape[0], self.action_size))
-        H, B = action.shape[:2]
-        race = self._race(self._noise(noise, H, B, generator))
-        actions = self.cell.embed_action(action)
-        states = []
-        for t in range(H):
-            deter = self.cell(state.deter, state.stoch.flatten(1), actions[t])
-            state = self._sample(deter, self.prior(deter), race[t])
-            states.append(state)
-        return State.stack(states)
+        noise = self._noise(noise, *action.shape[:2], generator)
+        return self._state(
+            *ops.rssm_imagine(
+                action, state.deter, state.stoch, noise, self.cell.weights(), head_weights(*self.prior),
+                **self.cell.options._asdict(),
+            )
+        )  # fmt: skip
 
     def imagine_policy(
         self,
-        policy: Callable[[Tensor], Tensor],
+        policy: Actor | Callable[[Tensor], Tensor],
         state: State,
         horizon: int,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Trajectory:
-        """Closed loop: `policy` maps features (B, F) to actions (B, A); `horizon` steps from `state` (B, ...)."""
+        """Closed loop: `horizon` steps from `state` (B, ...) under a policy.
+
+        Args:
+            policy: an `nn.Actor`, whose actions are sampled inside one fused op, or anything that maps features (B, F)
+                to actions (B, A), called once a step.
+            state: state (B, ...) that the first action is taken in.
+            horizon: number H of steps.
+            noise: what `draw_noise(H, B)` returns; None draws it from `generator`.
+            generator: also of an actor's noise, `Actor.draw_noise(H, B)`, drawn after that of the states.
+
+        Raises:
+            ValueError: for a shape that does not fit or no steps, TypeError for what is no tensor.
+        """
+        from phyxdream.nn.heads import Actor  # it is made of distributions over states
+
         if horizon < 1:
             raise ValueError(f"horizon: expected at least 1 step, got {horizon}")
         self._check_state(state, None)
         B = state.deter.shape[0]
         noise = self._noise(noise, horizon, B, generator)
+        if type(policy) is Actor:
+            *future, action = ops.rssm_imagine_policy(
+                policy.draw_noise(horizon, B, generator=generator), state.deter, state.stoch, noise,
+                self.cell.weights(), head_weights(*self.prior), head_weights(policy.mlp, policy.out),
+                dist=policy.dist, **self.cell.options._asdict(), policy_act=policy.act, policy_unimix=policy.unimix,
+                policy_min_std=policy.min_std, policy_max_std=policy.max_std,
+            )  # fmt: skip
+            start = state.map(lambda x: x.unsqueeze(0))
+            return Trajectory(State.cat([start, self._state(*future)]), action)
         states, actions = [state], []
         for t in range(horizon):
             actions.append(policy(states[-1].feature))
@@ -428,6 +459,11 @@ class RSSM(nn.Module):
             deter = self.cell(states[-1].deter, states[-1].stoch.flatten(1), self.cell.embed_action(actions[-1]))
             states.append(self._sample(deter, self.prior(deter), self._race(noise[t])))
         return Trajectory(State.stack(states), torch.stack(actions))
+
+    def _state(self, deter: Tensor, stoch: Tensor, *distribution: Tensor) -> State:
+        """What a scan returned."""
+        names = ("logits",) if self.classes else ("mean", "std")
+        return State(deter, stoch, **dict(zip(names, distribution, strict=True)))
 
     def _noise(self, noise: Tensor | None, T: int, B: int, generator: torch.Generator | None) -> Tensor:
         if noise is None:

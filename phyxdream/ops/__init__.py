@@ -4,7 +4,15 @@ from phyxdream.ops.backend import BackendError, explain, use_backend
 from phyxdream.ops.balanced_kl import balanced_kl, balanced_kl_gaussian
 from phyxdream.ops.lambda_return import lambda_return
 from phyxdream.ops.rms_norm_silu import rms_norm_silu
-from phyxdream.ops.rssm_cells import BlockGRUWeights, GRUWeights, LayerNormGRUWeights, PosteriorWeights
+from phyxdream.ops.rssm_cells import (
+    BlockGRUWeights,
+    GRUWeights,
+    HeadWeights,
+    LayerNormGRUWeights,
+    LayerWeights,
+    PosteriorWeights,
+)
+from phyxdream.ops.rssm_imagine import rssm_imagine, rssm_imagine_policy
 from phyxdream.ops.rssm_observe import rssm_observe
 from phyxdream.ops.two_hot_loss import two_hot_loss, two_hot_mean
 
@@ -12,13 +20,17 @@ __all__ = [
     "BackendError",
     "BlockGRUWeights",
     "GRUWeights",
+    "HeadWeights",
     "LayerNormGRUWeights",
+    "LayerWeights",
     "PosteriorWeights",
     "balanced_kl",
     "balanced_kl_gaussian",
     "explain",
     "lambda_return",
     "rms_norm_silu",
+    "rssm_imagine",
+    "rssm_imagine_policy",
     "rssm_observe",
     "two_hot_loss",
     "two_hot_mean",

@@ -205,9 +205,9 @@ class Op:
         fake: empty outputs for the arguments of the schema (for tracing).
         backward_fake: likewise for the backward.
         save: `save(ctx, inputs, output)` keeps what the backward needs.
-        backward: `backward(ctx, *grads)` returns one gradient per argument of the schema; it calls
-            `ctx.run_backward`,
-            which is the backward of whichever implementation ran the forward.
+        backward: `backward(ctx, *grads)` returns one gradient per argument of the schema, a list for a list; it calls
+            `ctx.run_backward`, which is the backward of whichever implementation ran the forward. Beware that
+            `ctx.needs_input_grad` has lists or is flat, as `torch.library` or the eager way leaves it.
         backends: the fast implementations.
     """
 
@@ -241,14 +241,17 @@ class Op:
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
             return self.registered(*args)
         wants_grad = False
-        for x in args:
+        layout = None
+        if any(isinstance(x, list) for x in args):
+            layout = [len(x) if isinstance(x, list) else None for x in args]
+        for x in args if layout is None else _flatten(args):
             if isinstance(x, torch.Tensor):
                 # The dispatcher knows how to unwrap subclasses and resolve lazy negation; raw memory does not.
                 if x.__class__ not in _PLAIN or x.is_neg():
                     return self.registered(*args)
                 wants_grad = wants_grad or x.requires_grad
         if wants_grad and torch.is_grad_enabled():
-            return self.function.apply(*args, backend)
+            return self.function.apply(*(args if layout is None else _flatten(args)), layout, backend)
         return backend.forward(*args)
 
     def choose(self, args: tuple) -> Backend | None:
@@ -317,12 +320,24 @@ class Op:
         return getattr(torch.ops.phyxdream, self.name).default
 
 
+def _flatten(args):
+    """The arguments with those of lists in their place: an autograd function does not see the tensors in a list."""
+    return [y for x in args for y in (x if isinstance(x, list) else (x,))]
+
+
+def _unflatten(flat, layout):
+    rest = iter(flat)
+    return [next(rest) if size is None else [next(rest) for _ in range(size)] for size in layout]
+
+
 def _eager_function(name, save, backward, registered_backward):
     # Written with ctx in forward: a separate setup_context costs torch an inspect.signature per call.
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *args_and_backend):
-            *args, ctx.backend = args_and_backend
+            *args, layout, ctx.backend = args_and_backend
+            if layout is not None:
+                args = _unflatten(args, layout)
             output = ctx.backend.forward(*args)
             save(ctx, args, output)
             if isinstance(output, torch.Tensor):
@@ -335,7 +350,8 @@ def _eager_function(name, save, backward, registered_backward):
                 return (None,) * len(ctx.needs_input_grad)
             # With create_graph the registered op goes into the graph: it knows how to refuse a second derivative.
             ctx.run_backward = registered_backward if torch.is_grad_enabled() else ctx.backend.backward
-            return *backward(ctx, *[None if g is None else g.resolve_neg() for g in grads]), None
+            found = backward(ctx, *[None if g is None else g.resolve_neg() for g in grads])
+            return *_flatten(found), None, None
 
     Function.__name__ = Function.__qualname__ = name
     return Function

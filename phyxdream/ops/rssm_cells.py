@@ -1,11 +1,12 @@
 """The recurrent cells and latents of an RSSM in plain PyTorch: their weights, their shapes, one step of each.
 
-The scans (`rssm_observe`) and the modules (`phyxdream.nn.rssm`) are made of these functions; they are the definition of
-correct for every faster implementation.
+The scans (`rssm_observe`, `rssm_imagine`) and the modules (`phyxdream.nn.rssm`) are made of these functions; they are
+the definition of correct for every faster implementation.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -137,6 +138,23 @@ class PosteriorWeights(NamedTuple):
         )
 
 
+class LayerWeights(NamedTuple):
+    """act(norm(W x + b))."""
+
+    weight: Tensor  # (U, inputs)
+    bias: Tensor | None  # (U,)
+    gain: Tensor | None  # (U,)
+    shift: Tensor | None  # (U,)
+
+
+class HeadWeights(NamedTuple):
+    """Layers and what they end in: the prior's statistics (Z or 2S) from h, or a policy's (A or 2A) from [h, z]."""
+
+    layers: tuple[LayerWeights, ...]  # at least one
+    out_weight: Tensor  # (statistics, U)
+    out_bias: Tensor  # (statistics,)
+
+
 CellWeights = GRUWeights | LayerNormGRUWeights | BlockGRUWeights
 CELLS = {"gru": GRUWeights, "layernorm_gru": LayerNormGRUWeights, "block_gru": BlockGRUWeights}
 DEFAULT_ACT = {"gru": "elu", "layernorm_gru": "silu", "block_gru": "silu"}
@@ -211,6 +229,13 @@ def step(w: CellWeights, deter: Tensor, stoch: Tensor, embedded_action: Tensor, 
     return gru_update(deter, *gates.chunk(3, -1))
 
 
+def head(w: HeadWeights, x: Tensor, options: Options) -> Tensor:
+    """The statistics (..., n) that layers end in, from what the first one reads, (..., inputs)."""
+    for layer in w.layers:
+        x = norm_act(F.linear(x, layer.weight, layer.bias), layer.gain, layer.shift, options)
+    return F.linear(x, w.out_weight, w.out_bias)
+
+
 def gru_update(deter: Tensor, reset: Tensor, candidate: Tensor, update: Tensor) -> Tensor:
     """h' = u·tanh(σ(r)·c) + (1 − u)·h with u = σ(update − 1); all (..., D)."""
     candidate = torch.tanh(torch.sigmoid(reset) * candidate)
@@ -237,3 +262,18 @@ def straight_through(p: Tensor, index: Tensor) -> Tensor:
 def deviation(raw: Tensor, min_std: float) -> Tensor:
     """The standard deviation of a Gaussian latent from the raw output of its layer."""
     return F.softplus(raw) + min_std
+
+
+POLICIES = ("categorical", "bounded_normal", "tanh_normal")
+
+
+def action_moments(statistics: Tensor, dist: str, min_std: float = 0.1, max_std: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (..., A) of a normal policy, or of what a tanh squashes, from (..., 2A).
+
+    bounded_normal: tanh(m), and a standard deviation in [min_std, max_std] (DreamerV3). tanh_normal: 5·tanh(m/5), and
+    softplus(s + softplus⁻¹(5)) + 1e-4 (DreamerV1).
+    """
+    mean, raw = statistics.chunk(2, -1)
+    if dist == "bounded_normal":
+        return torch.tanh(mean), (max_std - min_std) * torch.sigmoid(raw + 2) + min_std
+    return 5 * torch.tanh(mean / 5), F.softplus(raw + math.log(math.expm1(5))) + 1e-4

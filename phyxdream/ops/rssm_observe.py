@@ -16,10 +16,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from phyxdream.ops import rssm_cells, rssm_observe_cpu
+from phyxdream.ops import rssm_cells, rssm_cpu, rssm_observe_cpu
 from phyxdream.ops.backend import Backend, Op
-from phyxdream.ops.contract import FLOATING, HALF
 from phyxdream.ops.rssm_cells import CELLS, CellWeights, Options, PosteriorWeights, Sizes
+from phyxdream.ops.rssm_contract import (
+    alike,
+    cell_name,
+    check_act,
+    check_cell,
+    check_numbers,
+    check_shape,
+    check_tensors,
+    check_weights,
+    named_weights,
+)
 
 
 def rssm_observe(
@@ -122,13 +132,8 @@ def _prepare(
 ) -> tuple:  # fmt: skip
     """The checked arguments of the schema."""
     tensors = dict(embed=embed, action=action, is_first=is_first, deter=deter, stoch=stoch, noise=noise)
-    for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    name = next((name for name, kind in CELLS.items() if isinstance(cell, kind)), None)
-    if name is None:
-        kinds = ", ".join(kind.__name__ for kind in CELLS.values())
-        raise TypeError(f"cell: expected one of {kinds}, got {type(cell).__name__}")
+    check_tensors(tensors)
+    name = cell_name(cell)
     if not isinstance(posterior, PosteriorWeights):
         raise TypeError(f"posterior: expected PosteriorWeights, got {type(posterior).__name__}")
     if noise.dim() not in (3, 4):
@@ -152,77 +157,23 @@ def _prepare(
     )  # fmt: skip
     tensors |= dict(initial_deter=initial_deter, initial_stoch=initial_stoch)
     for key, shape in expected.items():
-        _check(key, tensors[key], shape)
+        check_shape(key, tensors[key], shape)
     if 0 in (T, B, E, A, D, *latent):
         sizes = dict(T=T, B=B, E=E, A=A, D=D, latent=tuple(latent))
         raise ValueError(f"embed, action, deter, noise: expected no empty axis, got {sizes}")
     if is_first.dtype is not torch.bool:
         raise TypeError(f"is_first: expected torch.bool, got {is_first.dtype}")
     sizes = Sizes(E, A, D, math.prod(latent))
-    _check_weights("cell", cell, cell.shapes(sizes))
+    check_cell(cell, sizes)
     statistics = sizes.Z if len(latent) == 2 else 2 * sizes.Z
-    _check_weights("posterior", posterior, posterior.shapes(sizes, statistics))
-    tensors, weights = _alike(tensors, {"cell": cell, "posterior": posterior})
-    if act is None:
-        act = rssm_cells.DEFAULT_ACT[name]
-    if act not in rssm_cells.ACTIVATIONS:
-        raise ValueError(f"act: expected one of {sorted(rssm_cells.ACTIVATIONS)}, got {act!r}")
+    check_weights("posterior", posterior, posterior.shapes(sizes, statistics))
+    flat = alike({**tensors, **named_weights("cell", cell), **named_weights("posterior", posterior)})
+    flat += [None] * (len(_TENSORS) + _WEIGHTS - len(flat))
+    act = rssm_cells.DEFAULT_ACT[name] if act is None else act
+    check_act("act", act)
     numbers = dict(unimix=unimix, min_std=min_std, rms_eps=rms_eps, layer_eps=layer_eps)
-    for key, number in numbers.items():
-        if not isinstance(number, (float, int)):
-            raise TypeError(f"{key}: expected a number, got {type(number).__name__}")
-        if not 0 <= number < (1 if key == "unimix" else math.inf):
-            bound = "a number in [0, 1)" if key == "unimix" else "a finite number that is not negative"
-            raise ValueError(f"{key}: expected {bound}, got {number}")
-    return *tensors, *weights, name, act, *map(float, numbers.values())
-
-
-def _check(name, x, shape):
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if x.shape != shape:
-        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(x.shape)}")
-
-
-_OPTIONAL = ("bias", "gain", "shift")
-_NEEDED = {"gates_gain", "gates_shift", "gates_bias", "input_bias", "hidden_bias", "out_bias"}
-
-
-def _check_weights(owner, weights, shapes):
-    blocks = getattr(weights, "mix_deter", None)
-    if isinstance(blocks, Tensor) and (blocks.dim() != 3 or not blocks.shape[0]):
-        raise ValueError(f"cell.mix_deter: expected shape (G, D/G, D/G), got {tuple(blocks.shape)}")
-    for field, x in zip(weights._fields, weights, strict=True):
-        if x is None and field.endswith(_OPTIONAL) and field not in _NEEDED:
-            if field.endswith("gain") and getattr(weights, field.removesuffix("gain") + "shift") is not None:
-                raise ValueError(f"{owner}.{field}: expected a tensor beside the shift of a LayerNorm, got None")
-            continue
-        _check(f"{owner}.{field}", x, shapes[field])
-
-
-def _alike(tensors, owners):
-    """The tensors and the padded list of weights, which share dtype and device."""
-    named = {name: x for name, x in tensors.items() if name != "is_first"}
-    for owner, weights in owners.items():
-        named |= {f"{owner}.{f}": x for f, x in zip(weights._fields, weights, strict=True) if x is not None}
-    first = tensors["embed"]
-    mixed = False
-    for name, x in named.items():
-        if x.dtype not in FLOATING:
-            raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
-        mixed = mixed or x.dtype is not first.dtype
-        if not (x.is_cpu and first.is_cpu) and x.device != first.device:
-            raise ValueError(f"{name}: expected the device of embed, {first.device}, got {x.device}")
-    if tensors["is_first"].device != first.device:
-        raise ValueError(f"is_first: expected the device of embed, {first.device}, got {tensors['is_first'].device}")
-    flat = [*tensors.values(), *(x for weights in owners.values() for x in weights)]
-    if (mixed or first.dtype in HALF) and torch.is_autocast_enabled(first.device.type):
-        flat = [x if x is None or x.dtype is torch.bool else x.float() for x in flat]
-    elif mixed:
-        dtypes = ", ".join(f"{name} {x.dtype}" for name, x in named.items() if x.dtype is not first.dtype)
-        raise TypeError(f"expected all tensors in the dtype of embed, {first.dtype}, got {dtypes}")
-    count = len(tensors)
-    return flat[:count], [*flat[count:], *[None] * (count + _WEIGHTS - len(flat))]
+    check_numbers(numbers)
+    return *flat, name, act, *map(float, numbers.values())
 
 
 def split_weights(args) -> tuple[CellWeights, PosteriorWeights, Options]:
@@ -317,11 +268,11 @@ def _cpu_backward(*args):
 
 
 def _cpu_refuse(*args):
-    return rssm_observe_cpu.refuse(args[0], args[len(_TENSORS) + _WEIGHTS + 1])
+    return rssm_cpu.refuse(args[0], args[len(_TENSORS) + _WEIGHTS + 1])
 
 
 def _cpu_slower(*args):
-    return rssm_observe_cpu.slower(args[0].shape[0])
+    return rssm_cpu.slower(*args[0].shape[:2])
 
 
 def _cpu_plan(*args):

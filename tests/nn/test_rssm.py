@@ -169,6 +169,48 @@ def test_policy_imagination_equals_open_loop(cell, classes):
     torch.testing.assert_close(trajectory.action, torch.tanh(trajectory.state.feature[:-1] @ weight))
 
 
+@pytest.mark.parametrize(
+    ("cell", "classes", "dist"), [("gru", 0, "tanh_normal"), ("layernorm_gru", 4, "categorical"),
+                                  ("block_gru", 4, "bounded_normal")]
+)  # fmt: skip
+@pytest.mark.parametrize("norm", ["rms", "layer", "none"])
+def test_imagination_under_an_actor_is_the_loop_over_it(cell, classes, dist, norm):
+    """The same trajectory and gradients as from asking the actor step by step, given the noise in its order: first that
+    of the states, then that of the actions."""
+    model, H, B = make(cell, classes, dtype=torch.float64), 4, 2
+    actor = nn.Actor(model.feature_size, ACTION, 7, 2, dist, act="elu", norm=norm, unimix=0.2, min_std=0.3).double()
+    torch.nn.init.normal_(actor.out.weight)
+    start = model.observe(*inputs(3, B, dtype=torch.float64))[0][-1].detach()
+    g = torch.Generator().manual_seed(2)
+    noise = model.draw_noise(H, B, generator=g)
+    drawn = iter(actor.draw_noise(H, B, generator=g))
+
+    def ask(feature):
+        distribution, u = actor(feature), next(drawn)
+        if dist == "categorical":
+            p = distribution.probs
+            onehot = F.one_hot((-u.log() / p.detach()).argmin(-1), ACTION)
+            return onehot + p - p.detach()
+        if dist == "tanh_normal":
+            return torch.tanh(distribution.base.mean + distribution.base.std * u)
+        return distribution.mean + distribution.std * u
+
+    results = []
+    for policy, given in ((actor, None), (ask, noise)):
+        trajectory = model.imagine_policy(policy, start, H, given, torch.Generator().manual_seed(2))
+        state = trajectory.state
+        statistics = state.logits if classes else state.std
+        loss = (state.feature[-1].square().sum() + statistics.square().sum()) * trajectory.action.square().sum()
+        parameters = [*actor.parameters(), *model.cell.parameters(), *model.prior.parameters()]
+        grads = torch.autograd.grad(loss, parameters)
+        results.append((trajectory, grads))
+    (fused, fused_grads), (loop, loop_grads) = results
+    same(fused.state, loop.state, 1e-10)
+    same(fused.state[0], start)
+    torch.testing.assert_close(fused.action, loop.action)
+    torch.testing.assert_close(fused_grads, loop_grads)
+
+
 # -- Cells against direct transcriptions ------------------------------------------------------------------------------
 
 

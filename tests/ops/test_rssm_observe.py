@@ -16,6 +16,7 @@ from phyxdream import ops
 from phyxdream.ops import rssm_cells
 from phyxdream.ops.backend import BackendError, extension
 from phyxdream.ops.rssm_cells import CELLS, PosteriorWeights, Sizes
+from phyxdream.ops.rssm_contract import NEEDED
 
 op = importlib.import_module("phyxdream.ops.rssm_observe")  # the package has the function under this name
 
@@ -405,7 +406,7 @@ def test_optional_biases_may_be_left_out(kind):
     case = Case(kind, dtype=torch.float32)
     for weights in (case.cell, case.posterior):
         for name in list(weights):
-            if name.endswith("_bias") and name not in op._NEEDED:
+            if name.endswith("_bias") and name not in NEEDED:
                 weights[name] = None
     assert_same(case.run("cpu"), case.run("reference"))
 

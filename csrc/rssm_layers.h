@@ -1,0 +1,230 @@
+// Layers of a scan, in lanes: linear maps from and to tiles, norms and activations, forward and back. All inlined into
+// the two multiversioned functions of the scan.
+#pragma once
+#include <cstring>
+
+#include "rssm_scan.h"
+
+namespace phyx {
+
+template <Act kAct>
+PHYX_INLINE float activate(float u) {
+  if (kAct == Act::kSilu) return u * sigmoid(u);
+  if (kAct == Act::kElu) return u > 0.0f ? u : expm1_of(u);
+  if (kAct == Act::kRelu) return u > 0.0f ? u : 0.0f * u;  // NaN passes through
+  return u;
+}
+
+template <Act kAct>
+PHYX_INLINE float slope(float u) {
+  if (kAct == Act::kSilu) {
+    const float s = sigmoid(u);
+    return s * (1.0f + u * (1.0f - s));
+  }
+  if (kAct == Act::kElu) return u > 0.0f ? 1.0f : vec_exp(u);
+  if (kAct == Act::kRelu) return u > 0.0f ? 1.0f : 0.0f;
+  return 1.0f;
+}
+
+using Block = float[2][kTile * kLanes];  // a tile of two groups
+
+PHYX_INLINE void fill(float* tile, const float* values, int count) {
+  for (int f = 0; f < kTile; ++f)
+    for (int l = 0; l < kLanes; ++l) tile[f * kLanes + l] = values && f < count ? values[f] : 0.0f;
+}
+
+PHYX_INLINE void multiply_into(float (*tile)[kTile * kLanes], const Multiply& m, const Panels& panels, int64_t i,
+                               const Lanes& x, int64_t feature, int64_t g, int64_t pair) {
+  if (pair == 2)
+    m.two(panels.tile(i), panels.inputs, x.at(g, feature), x.at(g + 1, feature), tile[0], tile[1]);
+  else
+    m.one(panels.tile(i), panels.inputs, x.at(g, feature), tile[0]);
+}
+
+#define PHYX_BY_ACT(function, act, ...)                               \
+  switch (act) {                                                      \
+    case Act::kIdentity: function<Act::kIdentity>(__VA_ARGS__); break; \
+    case Act::kSilu: function<Act::kSilu>(__VA_ARGS__); break;        \
+    case Act::kElu: function<Act::kElu>(__VA_ARGS__); break;          \
+    case Act::kRelu: function<Act::kRelu>(__VA_ARGS__); break;        \
+  }
+
+template <Act kAct>
+PHYX_INLINE void activate_all(float* __restrict out, const float* __restrict u, int size) {
+  for (int i = 0; i < size; ++i) out[i] = activate<kAct>(u[i]);
+}
+
+PHYX_INLINE void activate_rows(Act act, float* out, const float* u, int count) {
+  PHYX_BY_ACT(activate_all, act, out, u, count * kLanes)
+}
+
+template <Act kAct>
+PHYX_INLINE void slope_all(float* __restrict grad, const float* __restrict values, const float* __restrict u,
+                           int size) {
+  for (int i = 0; i < size; ++i) grad[i] = values[i] * slope<kAct>(u[i]);
+}
+
+// A tile of a layer before its norm: to the tape, its sums for the norm, or at once through the activation.
+PHYX_INLINE void enter(const Scan& s, const Layer& layer, int64_t i, const float* values, int64_t t, int64_t g) {
+  const Tile& tile = layer.tiles[i];
+  float* kept = s.tape_at(t, g, layer.tape + tile.start);
+  std::memcpy(kept, values, sizeof(float) * tile.count * kLanes);
+  if (!layer.gain) return activate_rows(layer.act, layer.out.at(g, tile.start), values, tile.count);
+  float sum[kLanes] = {}, square[kLanes] = {}, mean[kLanes] = {};
+  if (layer.shift) {
+    for (int f = 0; f < tile.count; ++f)
+      for (int l = 0; l < kLanes; ++l) sum[l] += values[f * kLanes + l];
+    for (int l = 0; l < kLanes; ++l) mean[l] = sum[l] / static_cast<float>(tile.count);
+  }
+  for (int f = 0; f < tile.count; ++f)
+    for (int l = 0; l < kLanes; ++l) {
+      const float d = values[f * kLanes + l] - mean[l];
+      square[l] += d * d;
+    }
+  float* sums = layer.sums(i, g, s.groups);
+  for (int l = 0; l < kLanes; ++l) {
+    sums[l] = sum[l];
+    sums[kLanes + l] = square[l];
+  }
+}
+
+// Mean and 1/σ of the whole vector from the sums of its tiles (Chan et al. 1979).
+PHYX_INLINE void moments(const Scan& s, const Layer& layer, int64_t g, float* mean, float* inverse) {
+  float square[kLanes] = {};
+  const float size = static_cast<float>(layer.size);
+  for (int l = 0; l < kLanes; ++l) mean[l] = 0.0f;
+  const int64_t tiles = static_cast<int64_t>(layer.tiles.size());
+  if (layer.shift) {
+    for (int64_t i = 0; i < tiles; ++i)
+      for (int l = 0; l < kLanes; ++l) mean[l] += layer.sums(i, g, s.groups)[l];
+    for (int l = 0; l < kLanes; ++l) mean[l] /= size;
+  }
+  for (int64_t i = 0; i < tiles; ++i) {
+    const float* sums = layer.sums(i, g, s.groups);
+    const float count = static_cast<float>(layer.tiles[i].count);
+    for (int l = 0; l < kLanes; ++l) {
+      const float d = sums[l] / count - mean[l];
+      square[l] += sums[kLanes + l] + (layer.shift ? count * d * d : 0.0f);
+    }
+  }
+  for (int l = 0; l < kLanes; ++l) inverse[l] = 1.0f / std::sqrt(square[l] / size + layer.eps);
+}
+
+// u = n·gain + shift of features that lie on the tape.
+PHYX_INLINE void affine(float* __restrict u, const float* __restrict n, const Layer& layer, int64_t start, int count) {
+  for (int f = 0; f < count; ++f) {
+    const float gain = layer.gain ? layer.gain[start + f] : 1.0f, shift = layer.shift ? layer.shift[start + f] : 0.0f;
+    for (int l = 0; l < kLanes; ++l) u[f * kLanes + l] = n[f * kLanes + l] * gain + shift;
+  }
+}
+
+PHYX_INLINE void normalise(float* __restrict n, int count, const float* __restrict mean,
+                           const float* __restrict inverse) {
+  for (int f = 0; f < count; ++f)
+    for (int l = 0; l < kLanes; ++l) n[f * kLanes + l] = (n[f * kLanes + l] - mean[l]) * inverse[l];
+}
+
+PHYX_INLINE void leave(const Scan& s, const Layer& layer, int64_t begin, int64_t end, int64_t t) {
+  float mean[kLanes], inverse[kLanes], u[kTile * kLanes];
+  for (int64_t g = 0; g < s.groups; ++g) {
+    moments(s, layer, g, mean, inverse);
+    if (begin == 0) std::memcpy(s.tape_at(t, g, layer.tape + layer.size), inverse, sizeof inverse);
+    for (int64_t i = begin; i < end; ++i) {
+      const Tile& tile = layer.tiles[i];
+      float* n = s.tape_at(t, g, layer.tape + tile.start);
+      normalise(n, tile.count, mean, inverse);
+      affine(u, n, layer, tile.start, tile.count);
+      activate_rows(layer.act, layer.out.at(g, tile.start), u, tile.count);
+    }
+  }
+}
+
+PHYX_INLINE void put_grad_rows(const Scan& s, const Layer& layer, const Tile& tile, const float* grad, int64_t t,
+                               int64_t g) {
+  if (layer.grad_rows)
+    to_rows(layer.grad_rows + s.row(t, g) * layer.row_size + tile.start, layer.row_size, s.used(g), grad, tile.count);
+}
+
+// The gradient of a tile of activated values, back through the activation and half through the norm.
+PHYX_INLINE void enter_backward(const Scan& s, const Layer& layer, int64_t i, const float* values, int64_t t,
+                                int64_t g) {
+  const Tile& tile = layer.tiles[i];
+  const float* n = s.tape_at(t, g, layer.tape + tile.start);
+  float u[kTile * kLanes], y[kTile * kLanes];
+  affine(u, n, layer, tile.start, tile.count);
+  float* grad = layer.grad.at(g, tile.start);
+  PHYX_BY_ACT(slope_all, layer.act, grad, values, u, tile.count * kLanes)
+  if (layer.out_rows) {
+    activate_rows(layer.act, y, u, tile.count);
+    to_rows(layer.out_rows + s.row(t, g) * layer.row_size + tile.start, layer.row_size, s.used(g), y, tile.count);
+  }
+  if (!layer.gain) return put_grad_rows(s, layer, tile, grad, t, g);
+  if (layer.gain_sum.get()) {
+    const int64_t start = (g / kUnit * layer.size + tile.start) * kLanes;
+    float *gain_sum = layer.gain_sum.get() + start, *shift_sum = layer.shift_sum.get() + start;
+    for (int j = 0; j < tile.count * kLanes; ++j) {
+      gain_sum[j] += grad[j] * n[j];
+      shift_sum[j] += grad[j];
+    }
+  }
+  float sum[kLanes] = {}, along[kLanes] = {};
+  for (int f = 0; f < tile.count; ++f) {
+    const float gain = layer.gain[tile.start + f];
+    for (int l = 0; l < kLanes; ++l) {
+      const int j = f * kLanes + l;
+      grad[j] *= gain;
+      sum[l] += grad[j];
+      along[l] += grad[j] * n[j];
+    }
+  }
+  float* sums = layer.sums(i, g, s.groups);
+  for (int l = 0; l < kLanes; ++l) {
+    sums[l] = sum[l];
+    sums[kLanes + l] = along[l];
+  }
+}
+
+// The other half: grad = (d - mean d - n mean(d n)) / σ.
+PHYX_INLINE void leave_backward(const Scan& s, const Layer& layer, int64_t begin, int64_t end, int64_t t) {
+  for (int64_t g = 0; g < s.groups; ++g) {
+    float mean[kLanes] = {}, along[kLanes] = {};
+    for (size_t i = 0; i < layer.tiles.size(); ++i) {
+      const float* sums = layer.sums(i, g, s.groups);
+      for (int l = 0; l < kLanes; ++l) {
+        mean[l] += sums[l];
+        along[l] += sums[kLanes + l];
+      }
+    }
+    const float size = static_cast<float>(layer.size);
+    for (int l = 0; l < kLanes; ++l) {
+      mean[l] = layer.shift ? mean[l] / size : 0.0f;
+      along[l] /= size;
+    }
+    const float* inverse = s.tape_at(t, g, layer.tape + layer.size);
+    for (int64_t i = begin; i < end; ++i) {
+      const Tile& tile = layer.tiles[i];
+      const float* n = s.tape_at(t, g, layer.tape + tile.start);
+      float* grad = layer.grad.at(g, tile.start);
+      for (int f = 0; f < tile.count; ++f)
+        for (int l = 0; l < kLanes; ++l) {
+          const int j = f * kLanes + l;
+          grad[j] = inverse[l] * (grad[j] - mean[l] - n[j] * along[l]);
+        }
+      put_grad_rows(s, layer, tile, grad, t, g);
+    }
+  }
+}
+
+// What the step started from: the state before, or where a reset leads.
+PHYX_INLINE void load_previous(const Scan& s, float* previous, const Tile& tile, int64_t t, int64_t g) {
+  const float* rows = t == 0 ? s.deter_first + s.sequence(g) * s.D : s.deter_out + s.row(t - 1, g) * s.D;
+  from_rows(previous, rows + tile.start, s.D, s.used(g), tile.count);
+  const float* first = s.first_at(t, g);
+  for (int f = 0; f < tile.count; ++f)
+    for (int l = 0; l < kLanes; ++l) {
+      float& x = previous[f * kLanes + l];
+      x = first[l] != 0.0f ? s.initial_deter[tile.start + f] : x;
+    }
+}
+
+}  // namespace phyx

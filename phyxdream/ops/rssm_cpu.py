@@ -1,0 +1,360 @@
+"""What surrounds the C++ of the scans `rssm_observe` and `rssm_imagine`: memory, and what does not recur.
+
+csrc/rssm_scan.cpp walks the steps. Before it, what does not depend on the state is one product for all steps; after it,
+the gradient of every weight is one product of rows (T·B) that it wrote.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from phyxdream.ops import backend
+from phyxdream.ops.rssm_cells import (
+    BlockGRUWeights,
+    CellWeights,
+    GRUWeights,
+    HeadWeights,
+    LayerNormGRUWeights,
+    LayerWeights,
+    Options,
+)
+
+LANES = 16  # sequences that C++ treats as one group
+_UNIT = 4  # groups of a block, where threads take blocks of their own
+_CELLS = {GRUWeights: 0, LayerNormGRUWeights: 1, BlockGRUWeights: 2}
+ACTS = {"silu": 1, "elu": 2, "relu": 3}
+
+
+def refuse(x: Tensor, *acts: str) -> str:
+    """Why C++ cannot take a call; an empty string if it can."""
+    for act in acts:
+        if act not in ACTS:
+            return f"it knows the activations {', '.join(ACTS)}, not {act}"
+    return backend.refuse_cpu(x, (torch.float32,))
+
+
+def slower(T: int, B: int) -> str:
+    """Why the reference is faster, for a few steps."""
+    few = T * math.ceil(B / LANES) < 4
+    return "laying out the weights takes as long as some steps, and there are fewer than 4" if few else ""
+
+
+def threads(B: int, weights: Iterable[Tensor | None]) -> int:
+    """Below some microseconds a step, threads cost more than they bring."""
+    size = sum(x.numel() for x in weights if x is not None)
+    return torch.get_num_threads() if size * math.ceil(B / LANES) >= 1 << 17 else 1
+
+
+def block(B: int, threads: int) -> int:
+    """Groups of sequences that are walked together: all, or few, if that leaves some for every thread."""
+    groups = math.ceil(B / LANES)
+    return _UNIT if groups > _UNIT and groups >= _UNIT * threads else groups
+
+
+def plan(B: int, threads: int) -> str:
+    """What a call would run, in a few words."""
+    groups = math.ceil(B / LANES)
+    how = "sharing the features of a step" if block(B, threads) == groups else "each with sequences of its own"
+    return (
+        f"C++, {threads} thread{'s' * (threads > 1)} {how}, "
+        f"{groups} group{'s' * (groups > 1)} of {LANES} sequences side by side"
+    )
+
+
+def layer_rows(size: int, gain: Tensor | None) -> int:
+    """Rows of the tape that one layer takes in a step."""
+    return size + (gain is not None)
+
+
+def cell_rows(cell: CellWeights, D: int) -> int:
+    """Rows of the tape that a cell takes in a step; the order is that of `set_up` in C++."""
+    if isinstance(cell, BlockGRUWeights):
+        U = width(cell)
+        parts = layer_rows(U, cell.in_deter_gain) + layer_rows(U, cell.in_stoch_gain)
+        return parts + layer_rows(U, cell.in_action_gain) + layer_rows(D, cell.mix_gain) + 3 * D
+    gates = 4 * D if isinstance(cell, GRUWeights) else layer_rows(3 * D, cell.gates_gain)
+    return layer_rows(width(cell), cell.in_gain) + gates
+
+
+def tape_size(T: int, B: int, rows: int) -> int:
+    return T * math.ceil(B / LANES) * LANES * rows
+
+
+def width(cell: CellWeights) -> int:
+    """U of the layers that the inputs enter."""
+    return (cell.in_deter if isinstance(cell, BlockGRUWeights) else cell.in_stoch).shape[0]
+
+
+def product(a: Tensor, b: Tensor, out: Tensor | None = None, bias: Tensor | None = None, add: bool = False) -> Tensor:
+    """a (M, K) times b (N, K)ᵀ, plus bias (N,), or added to `out`. Not torch's own product: autocast would make it half
+    precision, and MKL stays with AVX2 on AMD's processors."""
+    if out is None:
+        out = a.new_empty(a.shape[0], b.shape[0])
+    bias = None if bias is None else bias.contiguous()
+    backend.extension.matmul(
+        (a.data_ptr(), a.shape[0], *a.stride()),
+        (b.data_ptr(), b.shape[0], *b.stride()),
+        a.shape[1],
+        (out.data_ptr(), out.stride(0)),
+        0 if bias is None else bias.data_ptr(),
+        add,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def one_hot_product(grad: Tensor, index: Tensor, classes: int, left_out: Tensor | None = None) -> Tensor:
+    """gradᵀ z: the gradient (U, S·C) of a weight that read the one-hot z of `index` (N, S), from rows (N, U).
+
+    Rows where `left_out` (N,) is true had another z.
+    """
+    result = grad.new_zeros(index.shape[1] * classes, grad.shape[1])
+    left_out = None if left_out is None else left_out.contiguous()
+    backend.extension.one_hot_product(
+        result.data_ptr(),
+        (grad.data_ptr(), *grad.shape, grad.stride(0)),
+        index.data_ptr(),
+        index.shape[1],
+        classes,
+        0 if left_out is None else left_out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return result.t().contiguous()
+
+
+def arguments(
+    cell: CellWeights,
+    state: dict,
+    options: Options,
+    threads: int,
+    shape: Sequence[int],
+    deter: Tensor,
+    action_size: int,
+) -> dict:
+    """What C++ is told about weights and sizes in both directions; `shape` is that of the noise, `state` describes the
+    prior or posterior (see `describe`)."""
+    T, B, *latent = shape
+    named = cell._asdict()
+    if isinstance(cell, GRUWeights):
+        named["gates"] = named.pop("input_gates")
+    return {
+        "gates_bias": None,
+        "input_bias": None,
+        "hidden_bias": None,
+        **named,
+        **state,
+        "cell": _CELLS[type(cell)],
+        "T": T,
+        "B": B,
+        "A": action_size,
+        "D": deter.shape[1],
+        "Z": math.prod(latent),
+        "C": latent[1] if len(latent) == 2 else 0,
+        "U": width(cell),
+        "G": cell.mix_deter.shape[0] if isinstance(cell, BlockGRUWeights) else 1,
+        "threads": threads,
+        "block": block(B, threads),
+        "act": ACTS[options.act],
+        "unimix": options.unimix,
+        "min_std": options.min_std,
+        "rms_eps": options.rms_eps,
+        "layer_eps": options.layer_eps,
+        "deter": deter,
+        # What only some scans have.
+        "is_first": None,
+        "stoch_start": None,
+        "initial_stoch": None,
+        "state_first_rows": None,
+        "dist": 0,
+        "action_noise": None,
+        "policy_layers": 0,
+        "policy_unimix": 0.0,
+        "policy_min_std": 0.0,
+        "policy_max_std": 0.0,
+    }
+
+
+def describe(name: str, head: HeadWeights) -> dict:
+    """The arguments that describe layers and what they end in; `name` is `state` or `policy`."""
+    result = {f"{name}_layers": len(head.layers), f"{name}_out": head.out_weight, f"{name}_out_bias": head.out_bias}
+    for i, layer in enumerate(head.layers):
+        weight = layer.weight if layer.weight.stride(1) == 1 else layer.weight.contiguous()
+        result[f"{name}{i}"], result[f"{name}{i}_row"] = weight, weight.stride(0)
+        result[f"{name}{i}_size"] = weight.shape[0]
+        result |= {f"{name}{i}_{part}": getattr(layer, part) for part in ("bias", "gain", "shift")}
+    return result
+
+
+def call(function: str, arguments: dict) -> None:
+    # The contiguous copies live as long as this frame.
+    held = {
+        k: x.contiguous() if isinstance(x, Tensor) and f"{k}_row" not in arguments else x for k, x in arguments.items()
+    }
+    getattr(backend.extension, function)({k: x.data_ptr() if isinstance(x, Tensor) else x for k, x in held.items()})
+
+
+class CellBackward:
+    """Rows (T·B) that the backward of a cell writes, and the gradients of its weights from them.
+
+    Args:
+        cell: its weights.
+        wanted: names of those that want a gradient.
+        inputs: whether the gradients of the layers that the inputs enter are wanted for other reasons.
+        like: a tensor (T, B, D).
+    """
+
+    def __init__(self, cell: CellWeights, wanted: set[str], inputs: bool, like: Tensor):
+        T, B, D = like.shape
+        self.cell, self.wanted = cell, {name for name in wanted if getattr(cell, name) is not None}
+        self.block, self.gru = isinstance(cell, BlockGRUWeights), isinstance(cell, GRUWeights)
+        self.U = width(cell)
+        total = self.U * (3 if self.block else 1)
+
+        def rows(size, *names):
+            return like.new_empty(T * B, size) if self.wanted.intersection(names) else None
+
+        outer = [name for name in cell._fields if name.startswith("in_")]
+        self.in_grad = like.new_empty(T * B, total) if inputs else rows(total, *outer)
+        self.in_out = rows(total, "mix_inputs", "input_gates", *(() if self.block else ("gates",)))
+        self.gate_grad = rows(3 * D, "gates", "gates_bias", "input_gates", "input_bias")
+        self.hidden_gate_grad = rows(3 * D, "hidden_gates", "hidden_bias") if self.gru else None
+        self.mix_grad = rows(D, "mix_deter", "mix_inputs", "mix_bias") if self.block else None
+        self.mix_out = rows(D, "gates") if self.block else None
+        self.affine = affine({name: getattr(cell, name) for name in self.wanted})
+
+    def arguments(self) -> dict:
+        """What C++ is told in the backward."""
+        parts = ("in_deter", "in_stoch", "in_action") if self.block else ("in",)
+        names = (*parts, "mix", "gates")
+        return {
+            **{f"grad_{x}_{part}": self.affine.get(f"{x}_{part}") for x in names for part in ("gain", "shift")},
+            **{f"{name}_grad_rows": self.in_grad for name in parts},
+            **{f"{name}_out_rows": self.in_out for name in parts},
+            "mix_grad_rows": self.mix_grad,
+            "mix_out_rows": self.mix_out,
+            "gates_grad_rows": self.gate_grad,
+            "gates_out_rows": None,
+            "gate_rows": self.gate_grad,
+            "hidden_gate_rows": self.hidden_gate_grad,
+        }
+
+    @property
+    def stoch_grad(self) -> Tensor:
+        """(T·B, U): of the layer that z entered."""
+        return self.in_grad[:, self.U : 2 * self.U] if self.block else self.in_grad
+
+    @property
+    def action_grad(self) -> Tensor:
+        """(T·B, U): of the layer that the action entered."""
+        return self.in_grad[:, 2 * self.U :] if self.block else self.in_grad
+
+    def gradients(self, before: Tensor, action: Tensor) -> dict[str, Tensor]:
+        """Of all wanted weights but `in_stoch`, from rows (T·B, D) of the states before and (T·B, A) of the actions as
+        their layer read them."""
+        cell, D, U = self.cell, before.shape[1], self.U
+        size = D // cell.mix_deter.shape[0] if self.block else D
+        makers = {"in_action": lambda: product(self.action_grad.t(), action.t())}
+        if self.block:
+            deter_grad = lambda: self.in_grad[:, :U]  # noqa: E731
+            makers |= {
+                "in_deter": lambda: product(deter_grad().t(), before.t()),
+                "in_deter_bias": lambda: deter_grad().sum(0),
+                "in_stoch_bias": lambda: self.stoch_grad.sum(0),
+                "in_action_bias": lambda: self.action_grad.sum(0),
+                "mix_deter": lambda: _block_product(before, self.mix_grad, size, size),
+                "mix_inputs": lambda: product(self.mix_grad.t(), self.in_out.t()),
+                "mix_bias": lambda: self.mix_grad.sum(0),
+                "gates": lambda: _block_product(self.mix_out, self.gate_grad, size, 3 * size),
+                "gates_bias": lambda: self.gate_grad.sum(0),
+            }
+        else:
+            makers |= {
+                "in_bias": lambda: self.in_grad.sum(0),
+                "input_gates": lambda: product(self.gate_grad.t(), self.in_out.t()),
+                "hidden_gates": lambda: product(self.hidden_gate_grad.t(), before.t()),
+                "input_bias": lambda: self.gate_grad.sum(0),
+                "hidden_bias": lambda: self.hidden_gate_grad.sum(0),
+                "gates": lambda: products(self.gate_grad, self.in_out, before),
+            }
+        return {**self.affine, **{name: make() for name, make in makers.items() if name in self.wanted}}
+
+
+class HeadBackward:
+    """Rows (T·B) that the backward of a head writes, and the gradients of its weights from them.
+
+    Args:
+        name: `state` or `policy`.
+        head: its weights.
+        wanted: True or False in place of each of them.
+        inputs: whether the gradient of the first layer is wanted for other reasons.
+        like: a tensor (T, B, D).
+    """
+
+    def __init__(self, name: str, head: HeadWeights, wanted: HeadWeights, inputs: bool, like: Tensor):
+        def rows(size, needed):
+            return like.new_empty(math.prod(like.shape[:2]), size) if needed else None
+
+        self.name, self.wanted = name, wanted
+        into = [layer.weight for layer in wanted.layers[1:]] + [wanted.out_weight]
+        self.grads, self.outs, self.affine = [], [], []
+        for i, (layer, wants) in enumerate(zip(head.layers, wanted.layers, strict=True)):
+            size = layer.weight.shape[0]
+            self.grads.append(rows(size, wants.weight or wants.bias or (inputs and i == 0)))
+            self.outs.append(rows(size, into[i]))
+            self.affine.append(
+                affine({part: getattr(layer, part) for part in ("gain", "shift") if getattr(wants, part)})
+            )
+        self.statistics = rows(head.out_weight.shape[0], wanted.out_weight or wanted.out_bias)
+
+    def arguments(self) -> dict:
+        """What C++ is told in the backward."""
+        result = {f"{self.name}_rows": self.statistics}
+        for i, (grad, out, sums) in enumerate(zip(self.grads, self.outs, self.affine, strict=True)):
+            layer = f"{self.name}{i}"
+            result |= {f"{layer}_grad_rows": grad, f"{layer}_out_rows": out}
+            result |= {f"grad_{layer}_{part}": sums.get(part) for part in ("gain", "shift")}
+        return result
+
+    def gradients(self, first: Callable[[Tensor], Tensor]) -> HeadWeights:
+        """Of the wanted weights, None for the others; `first` makes that of the first layer's from the rows of its
+        gradient."""
+        layers = []
+        for i, (wants, grad) in enumerate(zip(self.wanted.layers, self.grads, strict=True)):
+            weight = None
+            if wants.weight:
+                weight = first(grad) if i == 0 else product(grad.t(), self.outs[i - 1].t())
+            sums = self.affine[i]
+            bias = grad.sum(0) if wants.bias else None
+            layers.append(LayerWeights(weight, bias, sums.get("gain"), sums.get("shift")))
+        return HeadWeights(
+            tuple(layers),
+            product(self.statistics.t(), self.outs[-1].t()) if self.wanted.out_weight else None,
+            self.statistics.sum(0) if self.wanted.out_bias else None,
+        )
+
+
+def affine(weights: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    """Room for the gradients of gains and shifts among these; a norm's two are summed together."""
+    found = {name: x for name, x in weights.items() if x is not None and name.endswith(("gain", "shift"))}
+    return {name: torch.empty_like(x, memory_format=torch.contiguous_format) for name, x in found.items()}
+
+
+def products(grad: Tensor, *inputs: Tensor) -> Tensor:
+    """The gradient (N, sum of sizes) of a map of rows (T·B, size) side by side; `grad` (T·B, N) is of its result."""
+    result = grad.new_empty(grad.shape[1], sum(x.shape[1] for x in inputs))
+    for x, out in zip(inputs, result.split([x.shape[1] for x in inputs], 1), strict=True):
+        product(grad.t(), x.t(), out=out)
+    return result
+
+
+def _block_product(x, grad, inputs, outputs):
+    """The gradient (G, I, O) of a block-diagonal map of x (N, G·I) with gradient (N, G·O) of its result."""
+    blocks = x.shape[1] // inputs
+    result = x.new_empty(blocks, inputs, outputs)
+    for rows, of, out in zip(x.split(inputs, 1), grad.split(outputs, 1), result, strict=True):
+        product(rows.t(), of.t(), out=out)
+    return result
