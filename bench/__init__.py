@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SUITES = {
     "observe": "bench_rssm_observe",
+    "imagine": "bench_rssm_imagine",
     "step": "bench_rssm_step",
     "kl": "bench_balanced_kl",
     "two_hot": "bench_two_hot_loss",

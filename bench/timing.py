@@ -254,12 +254,12 @@ def _products(a: torch.Tensor, b: torch.Tensor) -> dict[str, Callable[[], Any]]:
     out = torch.empty_like(a)
     products = {"torch.mm": lambda: torch.mm(a, b, out=out)}
     if a.device.type == "cpu":
-        from phyxdream.ops import backend, rssm_observe_cpu
+        from phyxdream.ops import backend, rssm_cpu
 
         if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
             products["oneDNN"] = lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
         if backend.extension is not None and a.dtype == torch.float32:
-            products["phyxdream"] = lambda: rssm_observe_cpu.product(a, b, out)
+            products["phyxdream"] = lambda: rssm_cpu.product(a, b, out)
     return products
 
 
