@@ -79,7 +79,7 @@ SUITE = Suite(
         Case(op, size.name, direction, functools.partial(build, op, size, direction),
              f"{size.label.split(', embed')[0]}, actor {ACTORS[size.name]['units']}" if op.endswith("policy")
              else size.label.split(", embed")[0],
-             default=size.name not in ("tiny", "50m"), headline=op == "rssm_imagine_policy" and size.name in ("512", "12m"))
+             default=size.name not in ("tiny", "50m"), headline=op.endswith("policy") and size.name in ("512", "12m"))
         for size in SIZES
         if size.name in ACTORS
         for op, direction in (("rssm_imagine_policy", "no-grad"), ("rssm_imagine_policy", "forward+backward"),
