@@ -40,21 +40,29 @@ bool is_one_or_zero(float x) { return x == 0.0f || x == 1.0f; }
 
 }  // namespace
 
-// Where the ones of a row are; their number, or -1 if there are more than `room` or something else than 0 and 1.
+// Where the ones of a row are; their number, or -1 if there are more than `room` or something else than 0 and 1. Bits
+// are compared, since sums of floats would have to be made in order, one after the other.
 PHYX_MULTIVERSION int64_t find_ones_of_row(const float* x, int64_t width, int32_t* index, int64_t room) {
+  constexpr uint32_t one = 0x3f800000;
+  constexpr int64_t group = 8;
+  uint32_t other = 0;
+  for (int64_t i = 0; i < width; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, sizeof bits);
+    other |= bits == one ? 0 : bits;
+  }
+  if (other) return -1;
   int64_t found = 0;
-  for (int64_t begin = 0; begin < width; begin += kTile) {
-    const int64_t end = std::min(width, begin + kTile);
-    bool other = false;
-    float ones = 0.0f;
-    for (int64_t i = begin; i < end; ++i) {
-      other |= x[i] != 0.0f && x[i] != 1.0f;  // true for NaN
-      ones += x[i];
+  for (int64_t begin = 0; begin < width; begin += group) {
+    const int64_t count = std::min(group, width - begin);
+    uint64_t pairs[group / 2] = {};
+    std::memcpy(pairs, x + begin, sizeof(float) * count);
+    if ((pairs[0] | pairs[1] | pairs[2] | pairs[3]) == 0) continue;
+    if (found + count > room) return -1;  // stricter than it need be, so that what follows has no branch
+    for (int64_t i = 0; i < count; ++i) {
+      index[found] = static_cast<int32_t>(begin + i);
+      found += x[begin + i] != 0.0f;
     }
-    if (other || found + static_cast<int64_t>(ones) > room) return -1;
-    if (ones != 0.0f)
-      for (int64_t i = begin; i < end; ++i)
-        if (x[i] != 0.0f) index[found++] = static_cast<int32_t>(i);
   }
   return found;
 }
@@ -124,7 +132,7 @@ Ones find_ones(const Operand& x, int64_t columns, int threads) {
   }
   first = ceil_div(first, kTile) * kTile;
   if (columns - first < kLeastColumns) return ones;
-  const int64_t width = columns - first, room = width / kRarer;
+  const int64_t width = columns - first, room = width / kRarer + kTile;
   ones.room = room;
   ones.index.resize(x.rows * room);
   ones.count.resize(x.rows);

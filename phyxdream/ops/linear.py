@@ -138,13 +138,15 @@ def _cpu_plan(x, weight, bias):
     return f"C++, up to {threads} thread{'s' * (threads > 1)}, one-hot columns gathered"
 
 
-_FEWEST_ROWS = 32
+_FEWEST_ROWS, _FEWEST_OUTPUTS = 32, 16
 
 
 def _cpu_slower(x, weight, bias):
-    rows = x.numel() // weight.shape[1]
-    few = f"with fewer than {_FEWEST_ROWS} rows, laying out the weights takes as long as using them"
-    return few if rows < _FEWEST_ROWS else ""
+    if x.numel() < _FEWEST_ROWS * weight.shape[1]:
+        return f"with fewer than {_FEWEST_ROWS} rows, laying out the weights takes as long as using them"
+    if weight.shape[0] < _FEWEST_OUTPUTS:
+        return f"with fewer than {_FEWEST_OUTPUTS} outputs, laying out the rows takes as long as using them"
+    return ""
 
 
 _op = Op(

@@ -173,10 +173,11 @@ def test_function_transforms_take_the_reference():
 
 
 @needs_extension
-def test_few_rows_are_left_to_torch_and_gpus_too():
-    weight = torch.randn(8, 24)
+def test_few_rows_or_outputs_are_left_to_torch_and_gpus_too():
+    weight = torch.randn(16, 24)
     assert ops.explain(ops.linear, torch.randn(2, 24), weight).backend == "reference"
     assert ops.explain(ops.linear, torch.randn(4, 64, 24), weight).backend == "cpu"
+    assert ops.explain(ops.linear, torch.randn(4, 64, 24), weight[:8]).backend == "reference"
     with ops.use_backend("triton"):
         assert ops.explain(ops.linear, torch.randn(64, 24), weight).backend == "reference"
         ops.linear(torch.randn(64, 24), weight)
