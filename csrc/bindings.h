@@ -5,6 +5,7 @@
 namespace phyx {
 void bind_balanced_kl(pybind11::module_& module);
 void bind_lambda_return(pybind11::module_& module);
+void bind_linear(pybind11::module_& module);
 void bind_matmul(pybind11::module_& module);
 void bind_rms_norm_silu(pybind11::module_& module);
 void bind_rssm_scan(pybind11::module_& module);

@@ -1,24 +1,9 @@
 #include "lanes.h"
 
+#include "vector.h"
+
 namespace phyx {
 namespace {
-
-#if defined(__GNUC__)
-typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-#else
-struct Vector {
-  float lane[kLanes];
-  Vector& operator+=(const Vector& x) {
-    for (int l = 0; l < kLanes; ++l) lane[l] += x.lane[l];
-    return *this;
-  }
-  friend Vector operator*(float w, const Vector& x) {
-    Vector y;
-    for (int l = 0; l < kLanes; ++l) y.lane[l] = w * x.lane[l];
-    return y;
-  }
-};
-#endif
 
 // Weights are read once a step, in order, from wherever they lie. The hardware's prefetchers stop at every page of 4 KB:
 // far ahead by hand, the last cache or even memory feeds the sums at nearly full speed (128 to 234 GFLOP/s, 67 MB).
@@ -94,24 +79,59 @@ PHYX_MULTIVERSION void multiply_two_narrow(const float* panel, int64_t inputs, c
   multiply_one_group<4>(panel, inputs, x1, out1);
 }
 
-const Multiply& multiply() {
-  static const Multiply wide{multiply_one_wide, multiply_two_wide}, narrow{multiply_one_narrow, multiply_two_narrow};
+bool has_wide_registers() {
 #if defined(__x86_64__) && defined(__GNUC__)
-  static const bool has_wide = __builtin_cpu_supports("avx512f");
-  return has_wide ? wide : narrow;
+  static const bool wide = __builtin_cpu_supports("avx512f");
+  return wide;
 #else
-  return narrow;
+  return false;
 #endif
 }
 
-void Panels::pack(float* to, const float* from, int count, int64_t inputs, int64_t output, int64_t input) {
-  for (int64_t k0 = 0; k0 < inputs; k0 += kTile) {  // squares, so that neither side strides through memory
-    const int64_t k1 = std::min(inputs, k0 + kTile);
-    for (int r = 0; r < count; ++r)
-      for (int64_t k = k0; k < k1; ++k) to[k * kTile + r] = from[r * output + k * input];
-    for (int r = count; r < kTile; ++r)
-      for (int64_t k = k0; k < k1; ++k) to[k * kTile + r] = 0.0f;
+const Multiply& multiply() {
+  static const Multiply wide{multiply_one_wide, multiply_two_wide}, narrow{multiply_one_narrow, multiply_two_narrow};
+  return has_wide_registers() ? wide : narrow;
+}
+
+namespace {
+
+template <int kWidth>
+PHYX_INLINE void pack_columns(float* to, const float* from, int64_t term, int64_t panels, int64_t terms) {
+  constexpr int64_t ahead = 8;  // every term is on another page, where the hardware does not prefetch
+  for (int64_t k = 0; k < terms; ++k, from += term, to += kWidth)
+    for (int64_t p = 0; p < panels; ++p) {
+#if defined(__GNUC__)
+      __builtin_prefetch(from + ahead * term + p * kWidth);
+#endif
+      std::memcpy(to + p * terms * kWidth, from + p * kWidth, sizeof(float) * kWidth);
+    }
+}
+
+}  // namespace
+
+PHYX_MULTIVERSION void pack_rows(float* to, int64_t width, const float* from, int64_t row, int64_t term, int64_t rows,
+                                 int64_t terms) {
+  if (row == 1) {
+    const int64_t panels = rows / width;
+    width == kTile ? pack_columns<kTile>(to, from, term, panels, terms)
+                   : pack_columns<kTile / 2>(to, from, term, panels, terms);
+    to += panels * width * terms;
+    from += panels * width;
+    rows -= panels * width;
   }
+  for (; rows > 0; rows -= width, from += width * row, to += width * terms) {
+    const int64_t count = std::min(rows, width);
+    if (count < width) std::memset(to, 0, sizeof(float) * width * terms);
+    if (term == 1)
+      transpose(to, width, from, row, static_cast<int>(count), static_cast<int>(terms));
+    else
+      for (int64_t k = 0; k < terms; ++k)
+        for (int64_t r = 0; r < count; ++r) to[k * width + r] = from[r * row + k * term];
+  }
+}
+
+void Panels::pack(float* to, const float* from, int count, int64_t inputs, int64_t output, int64_t input) {
+  pack_rows(to, kTile, from, output, input, count, inputs);
 }
 
 }  // namespace phyx

@@ -1,96 +1,146 @@
-// C = A Bᵀ (+ bias) for strided float32 matrices: the products around a scan, large enough for threads.
+// C = A Bᵀ (+ bias) for strided float32 matrices: the products around a scan and of the dense layers.
 //
-// The kernel is that of the scans (csrc/lanes.h): 16 rows of A are broadcast over vectors of 16 rows of B. Both are first
-// laid out in its order, a stretch of the sum at a time, so that what it reads stays in the caches.
+// The kernel sums 8 rows of A, broadcast, over 32 rows of B, two vectors, in registers. Both are first laid out in its
+// order: of B a block that the last cache holds, for all threads; of A a chunk of rows, for the thread that has it. The
+// sum is cut into stretches, for each of which what the kernel reads again and again fits into the first cache.
+#include "matmul.h"
+
+#include <algorithm>
 #include <cstring>
 
 #include "bindings.h"
 #include "lanes.h"
+#include "vector.h"
 
 namespace py = pybind11;
 
 namespace phyx {
 namespace {
 
-constexpr int64_t kStretch = 512;   // terms of the sum: 16 rows of A take 32 KB
-constexpr int64_t kColumns = 256;   // rows of B at a time: 512 KB
+constexpr int kPanel = 8;            // rows of A summed at once
+constexpr int kWide = 2;             // tiles of 16 rows of B beside each other
+constexpr int64_t kStretch = 256;    // terms: 32 KB of B and 8 KB of A
+constexpr int64_t kChunk = 128;      // rows of A that a thread lays out: 128 KB
+constexpr int64_t kTerms = 2048;     // terms of a block of B
+constexpr int64_t kBlock = 1 << 20;  // its floats
 
-// Entry (i, k) is at data[i * row + k * term].
-struct Operand {
-  const float* data;
-  int64_t rows, row, term;
-};
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-void pack(float* to, const Operand& x, int64_t first, int64_t begin, int64_t end) {
-  const int count = static_cast<int>(std::min<int64_t>(kTile, x.rows - first));
-  const float* from = x.data + first * x.row;
-  if (x.row == 1 && count == kTile) {
-    for (int64_t k = begin; k < end; ++k, to += kTile) std::memcpy(to, from + k * x.term, sizeof(float) * kTile);
-    return;
+// `kRows` rows of A times `kTiles` tiles of B; C gets the sum, the bias of its columns, and what it held if `add`.
+template <int kRows, int kTiles>
+PHYX_INLINE void multiply_block(const float* panel, int64_t length, const float* x, int64_t tile, float* c,
+                                int64_t c_row, const float* bias, bool add) {
+  Vector sum[kRows][kTiles];
+  for (int r = 0; r < kRows; ++r)
+    for (int t = 0; t < kTiles; ++t) sum[r][t] = Vector{};
+  for (int64_t k = 0; k < length; ++k, panel += kPanel, x += kTile) {
+    Vector v[kTiles];
+    for (int t = 0; t < kTiles; ++t) v[t] = *reinterpret_cast<const Vector*>(x + t * tile);
+    for (int r = 0; r < kRows; ++r)
+      for (int t = 0; t < kTiles; ++t) sum[r][t] += panel[r] * v[t];
   }
-  for (int64_t k0 = begin; k0 < end; k0 += kTile, to += kTile * kTile) {
-    const int64_t terms = std::min<int64_t>(kTile, end - k0);
-    if (count < kTile) std::memset(to, 0, sizeof(float) * kTile * terms);
-    for (int r = 0; r < count; ++r)
-      for (int64_t k = 0; k < terms; ++k) to[k * kTile + r] = from[r * x.row + (k0 + k) * x.term];
-  }
+  for (int t = 0; t < kTiles; ++t)
+    for (int r = 0; r < kRows; ++r) {
+      Vector* to = reinterpret_cast<Vector*>(c + r * c_row + t * kTile);  // `auto` would lose that it is not aligned
+      if (bias) sum[r][t] += *reinterpret_cast<const Vector*>(bias + t * kTile);
+      if (add) sum[r][t] += *to;
+      *to = sum[r][t];
+    }
 }
 
-int64_t tiles(int64_t size) { return (size + kTile - 1) / kTile; }
+}  // namespace
 
-// `accumulate` adds to what is in C; else C starts from the bias (of its columns) or 0.
+// 32 registers of 16 floats, or 16 registers of 8.
+PHYX_MULTIVERSION void multiply_panel_wide(const float* panel, int64_t length, const float* x, int64_t tile, int tiles,
+                                           float* c, int64_t c_row, const float* bias, bool add) {
+  if (tiles == kWide)
+    multiply_block<kPanel, kWide>(panel, length, x, tile, c, c_row, bias, add);
+  else
+    multiply_block<kPanel, 1>(panel, length, x, tile, c, c_row, bias, add);
+}
+PHYX_MULTIVERSION void multiply_panel_narrow(const float* panel, int64_t length, const float* x, int64_t tile,
+                                             int tiles, float* c, int64_t c_row, const float* bias, bool add) {
+  for (int t = 0; t < tiles; ++t)
+    for (int r = 0; r < kPanel; r += 4)
+      multiply_block<4, 1>(panel + r, length, x + t * tile, tile, c + r * c_row + t * kTile, c_row,
+                           bias ? bias + t * kTile : nullptr, add);
+}
+
+namespace {
+
+void matmul_block(const Operand& a, const Operand& b, int64_t terms, float* c, int64_t c_row, const float* bias,
+                  bool add, float* packed, int threads) {
+  const int64_t stretches = std::max<int64_t>(1, ceil_div(terms, kStretch)), stretch = ceil_div(terms, stretches);
+  const int64_t tiles = ceil_div(b.rows, kTile);
+  const auto length_of = [&](int64_t s) { return std::min(terms, (s + 1) * stretch) - s * stretch; };
+  constexpr int64_t side = 8;  // tiles packed at once, so that some hundred bytes are read of every term
+  parallel_for(stretches * ceil_div(tiles, side), 1, threads, [&](int64_t from, int64_t to) {
+    for (int64_t item = from; item < to; ++item) {
+      const int64_t s = item % stretches, first = item / stretches * side, length = length_of(s);
+      pack_rows(packed + (s * tiles * stretch + first * length) * kTile, kTile, b.at(first * kTile, s * stretch), b.row,
+                b.term, std::min(side * kTile, b.rows - first * kTile), length);
+    }
+  });
+
+  static const auto panel_times = has_wide_registers() ? multiply_panel_wide : multiply_panel_narrow;
+  const int64_t chunks = ceil_div(a.rows, kChunk), wides = ceil_div(tiles, kWide);
+  // Few rows: a chunk is shared, each thread laying it out for its own columns.
+  const int64_t shares = std::clamp<int64_t>(4 * threads / chunks, 1, ceil_div(wides, 4));
+  const int64_t share = ceil_div(wides, shares);
+  parallel_for(chunks * shares, 1, threads, [&](int64_t from, int64_t to) {
+    static thread_local const Floats panels(kChunk * kStretch);
+    alignas(64) float edge[kPanel * kWide * kTile];
+    for (int64_t item = from; item < to; ++item) {
+      const int64_t first = item / shares * kChunk, rows = std::min(kChunk, a.rows - first);
+      const int64_t t_begin = item % shares * share * kWide, t_end = std::min(tiles, t_begin + share * kWide);
+      for (int64_t s = 0; s < stretches; ++s) {
+        const int64_t length = length_of(s);
+        const float* start = s == 0 ? bias : nullptr;
+        pack_rows(panels.get(), kPanel, a.at(first, s * stretch), a.row, a.term, rows, length);
+        for (int64_t t = t_begin; t < t_end; t += kWide) {
+          const int count = static_cast<int>(std::min<int64_t>(kWide, t_end - t));
+          const int64_t column = t * kTile, columns = std::min<int64_t>(count * kTile, b.rows - column);
+          const float* x = packed + (s * tiles * stretch + t * length) * kTile;
+          for (int64_t r = 0; r < rows; r += kPanel) {
+            float* to_rows = c + (first + r) * c_row + column;
+            const int64_t used = std::min<int64_t>(kPanel, rows - r);
+            if (used == kPanel && columns == count * kTile) {
+              panel_times(panels.get() + r * length, length, x, length * kTile, count, to_rows, c_row,
+                          start ? start + column : nullptr, add || s > 0);
+              continue;
+            }
+            panel_times(panels.get() + r * length, length, x, length * kTile, count, edge, kWide * kTile, nullptr,
+                        false);
+            for (int64_t i = 0; i < used; ++i)
+              for (int64_t j = 0; j < columns; ++j) {
+                float& to_one = to_rows[i * c_row + j];
+                to_one = edge[i * kWide * kTile + j] + (start ? start[column + j] : 0.0f) +
+                         (add || s > 0 ? to_one : 0.0f);
+              }
+          }
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+
 void matmul(const Operand& a, const Operand& b, int64_t terms, float* c, int64_t c_row, const float* bias,
             bool accumulate, int threads) {
-  const int64_t stretches = std::max<int64_t>(1, (terms + kStretch - 1) / kStretch);
-  const int64_t stretch = (terms + stretches - 1) / stretches, a_tiles = tiles(a.rows), b_tiles = tiles(b.rows);
+  if (a.rows == 0) return;
   if (2 * a.rows * b.rows * terms < 1 << 22) threads = 1;
-  const Floats a_packed(a_tiles * kTile * stretch), b_packed((b_tiles + 1) * kTile * stretch);
-  const Multiply& m = multiply();
-  for (int64_t begin = 0; begin < terms || begin == 0; begin += stretch) {
-    const int64_t end = std::min(terms, begin + stretch), length = end - begin;
-    parallel_for(a_tiles + b_tiles, 4, threads, [&](int64_t from, int64_t to) {
-      for (int64_t i = from; i < to; ++i)
-        if (i < a_tiles)
-          pack(a_packed.get() + i * kTile * length, a, i * kTile, begin, end);
-        else
-          pack(b_packed.get() + (i - a_tiles) * kTile * length, b, (i - a_tiles) * kTile, begin, end);
-    });
-    const int64_t wide = kColumns / kTile, blocks = (b_tiles + wide - 1) / wide, tall = 4;
-    const int64_t chunks = (a_tiles + tall - 1) / tall;
-    parallel_for(blocks * chunks, 1, threads, [&](int64_t from, int64_t to) {
-      alignas(64) float tile[2][kTile * kTile];
-      for (int64_t item = from; item < to; ++item) {
-        const int64_t j_end = std::min(b_tiles, (item / chunks + 1) * wide);
-        const int64_t i_end = std::min(a_tiles, (item % chunks + 1) * tall);
-        for (int64_t i = item % chunks * tall; i < i_end; ++i)
-          for (int64_t j = item / chunks * wide; j < j_end; j += 2) {
-            const int64_t pair = std::min<int64_t>(2, j_end - j);
-            std::memset(tile, 0, sizeof tile);
-            const float* panel = a_packed.get() + i * kTile * length;
-            const float* x = b_packed.get() + j * kTile * length;
-            if (pair == 2)
-              m.two(panel, length, x, x + kTile * length, tile[0], tile[1]);
-            else
-              m.one(panel, length, x, tile[0]);
-            const int64_t rows = std::min<int64_t>(kTile, a.rows - i * kTile);
-            for (int64_t p = 0; p < pair; ++p) {
-              const int64_t column = (j + p) * kTile, columns = std::min<int64_t>(kTile, b.rows - column);
-              for (int64_t r = 0; r < rows; ++r) {
-                float* to_row = c + (i * kTile + r) * c_row + column;
-                const float* sum = tile[p] + r * kTile;
-                if (begin > 0 || accumulate)
-                  for (int64_t q = 0; q < columns; ++q) to_row[q] += sum[q];
-                else if (bias)
-                  for (int64_t q = 0; q < columns; ++q) to_row[q] = sum[q] + bias[column + q];
-                else
-                  std::memcpy(to_row, sum, sizeof(float) * columns);
-              }
-            }
-          }
-      }
-    });
-  }
+  const int64_t depth = std::clamp<int64_t>(terms, 1, kTerms), width = kBlock / depth / kTile * kTile;
+  const Floats packed(depth * std::min(width, ceil_div(b.rows, kTile) * kTile));
+  for (int64_t j = 0; j < b.rows; j += width)
+    for (int64_t k = 0; k < terms || k == 0; k += depth) {
+      const Operand x{a.at(0, k), a.rows, a.row, a.term}, y{b.at(j, k), std::min(width, b.rows - j), b.row, b.term};
+      matmul_block(x, y, std::min(depth, terms - k), c + j, c_row,
+                   bias && k == 0 ? bias + j : nullptr, accumulate || k > 0, packed.get(), threads);
+    }
 }
+
+namespace {
 
 // a, b: (address, rows, stride of rows, stride of terms); c: (address, stride of rows).
 void matmul_of_views(py::tuple a, py::tuple b, int64_t terms, py::tuple c, uintptr_t bias, bool accumulate,

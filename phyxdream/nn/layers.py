@@ -62,9 +62,16 @@ def init_(weight: Tensor, fan_in: int, scale: float = 1.0) -> Tensor:
     return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
-def linear(inputs: int, outputs: int, bias: bool = True, scale: float = 1.0) -> nn.Linear:
-    """`nn.Linear` with DreamerV3's initialisation; `scale=0` starts at zero."""
-    layer = nn.Linear(inputs, outputs, bias=bias)
+class Linear(nn.Linear):
+    """`nn.Linear` as the fused op: its parameters, its results."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)
+
+
+def linear(inputs: int, outputs: int, bias: bool = True, scale: float = 1.0) -> Linear:
+    """A dense layer with DreamerV3's initialisation; `scale=0` starts at zero."""
+    layer = Linear(inputs, outputs, bias=bias)
     init_(layer.weight.data, inputs, scale)
     if bias:
         nn.init.zeros_(layer.bias)

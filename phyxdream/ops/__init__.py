@@ -3,6 +3,7 @@
 from phyxdream.ops.backend import BackendError, explain, use_backend
 from phyxdream.ops.balanced_kl import balanced_kl, balanced_kl_gaussian
 from phyxdream.ops.lambda_return import lambda_return
+from phyxdream.ops.linear import linear
 from phyxdream.ops.rms_norm_silu import rms_norm_silu
 from phyxdream.ops.rssm_cells import (
     BlockGRUWeights,
@@ -28,6 +29,7 @@ __all__ = [
     "balanced_kl_gaussian",
     "explain",
     "lambda_return",
+    "linear",
     "rms_norm_silu",
     "rssm_imagine",
     "rssm_imagine_policy",

@@ -209,6 +209,8 @@ class Op:
             `ctx.run_backward`, which is the backward of whichever implementation ran the forward. Beware that
             `ctx.needs_input_grad` has lists or is flat, as `torch.library` or the eager way leaves it.
         backends: the fast implementations.
+        torch_is_best: backends that have no implementation since torch's own is as fast there: force leaves the op to
+            the reference.
     """
 
     def __init__(
@@ -224,8 +226,9 @@ class Op:
         save: Callable[..., None],
         backward: Callable[..., tuple],
         backends: tuple[Backend, ...],
+        torch_is_best: tuple[str, ...] = (),
     ):
-        self.name, self.prepare, self.reference = name, prepare, reference
+        self.name, self.prepare, self.reference, self.torch_is_best = name, prepare, reference, torch_is_best
         self.backends = {backend.name: backend for backend in backends}
         # The order of trial: on a CPU tensor `cpu` accepts first, on a CUDA tensor it refuses at once.
         self.automatic = backends
@@ -258,7 +261,7 @@ class Op:
         """The backend for these prepared arguments; None is the reference."""
         tracing = torch.compiler.is_compiling()
         forced = _forced_while_tracing() if tracing else _forced.get()
-        if forced == "reference":
+        if forced == "reference" or forced in self.torch_is_best:
             return None
         transformed = "" if tracing else _refuse_transforms()
         if forced is None:
@@ -282,10 +285,14 @@ class Op:
         slower = {name: "" if refusals[name] else backend.slower(*args) for name, backend in self.backends.items()}
         able = [name for name in self.backends if not refusals[name] and not slower[name]]
         chosen = forced or (able[0] if able else "reference")
+        if chosen in self.torch_is_best:
+            chosen = "reference"
         reasons = {"reference": "plain PyTorch; takes every call, slower than the others"}
         for name in BACKENDS[1:]:
             if name not in self.backends:
                 reasons[name] = "this op has no such implementation"
+                if name in self.torch_is_best:
+                    reasons[name] += "; torch's own is as fast there"
             else:
                 reasons[name] = (
                     f"cannot: {refusals[name]}" if refusals[name] else f"can: {self.backends[name].plan(*args)}"
