@@ -62,70 +62,77 @@ def _meet(arrivals, met, PHASE: tl.constexpr, GRID: tl.constexpr):
     return met
 
 
+@triton.jit
+def _tile(arrivals):
+    """The program's tile of sequences, by a sum with 0 that compilers do not see through: they would keep what follows
+    from the tile, for all phases at once, in registers that a phase needs."""
+    return tl.program_id(1) + tl.minimum(tl.load(arrivals + tl.program_id(1)), 0)
+
+
 @triton.jit(do_not_specialize=["T", "B", "first", "last"])
 def forward_kernel(w, l, d, s, n, arrivals, T, B, first, last, PHASE: tl.constexpr, GRID: tl.constexpr):
     """Steps [first, last); all phases, or the one of that number."""
-    p, programs, tile = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    p, programs = tl.program_id(0), tl.num_programs(0)
     met = 0
     for t in range(first, last):
         if PHASE == ALL or PHASE == 0:
             for i in range(p, n.inputs, programs):
-                phases.inputs(w, l, d, s, t, tile, B, i)
+                phases.inputs(w, l, d, s, t, _tile(arrivals), B, i)
             met = _meet(arrivals, met, PHASE, GRID)
         if n.second > 0 and (PHASE == ALL or PHASE == 1):
             for i in range(p, n.second, programs):
                 if s.cell == BLOCK_GRU:
-                    phases.mix(w, l, d, s, t, tile, B, i)
+                    phases.mix(w, l, d, s, t, _tile(arrivals), B, i)
                 else:
-                    phases.gates(w, l, d, s, t, tile, B, i)
+                    phases.gates(w, l, d, s, t, _tile(arrivals), B, i)
             met = _meet(arrivals, met, PHASE, GRID)
         if PHASE == ALL or PHASE == 2:
             for i in range(p, n.deter, programs):
-                phases.update(w, l, d, s, t, T, tile, B, i)
+                phases.update(w, l, d, s, t, T, _tile(arrivals), B, i)
             met = _meet(arrivals, met, PHASE, GRID)
         if PHASE == ALL or PHASE == 3:
             for i in range(p, n.head, programs):
-                phases.head(w, l, d, s, t, tile, B, i)
+                phases.head(w, l, d, s, t, _tile(arrivals), B, i)
             met = _meet(arrivals, met, PHASE, GRID)
         if PHASE == ALL or PHASE == 4:
             for i in range(p, n.sample, programs):
-                phases.sample(w, l, d, s, t, T, tile, B, i)
+                phases.sample(w, l, d, s, t, T, _tile(arrivals), B, i)
             met = _meet(arrivals, met, PHASE, GRID)
 
 
 @triton.jit(do_not_specialize=["T", "B", "first", "last"])
 def backward_kernel(w, l, d, s, n, arrivals, T, B, first, last, PHASE: tl.constexpr, GRID: tl.constexpr):
     """Steps [first, last), the last one first."""
-    p, programs, tile = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    p, programs = tl.program_id(0), tl.num_programs(0)
     met = 0
     for back in range(last - first):
         t = last - 1 - back
         if PHASE == ALL or PHASE == 0:
             for i in range(p, n.sample, programs):
-                phases.statistics_back(w, l, d, s, t, T, tile, B, i)
+                phases.statistics_back(w, l, d, s, t, T, _tile(arrivals), B, i)
             met = _meet(arrivals, met, PHASE, GRID)
         if PHASE == ALL or PHASE == 1:
             for i in range(p, n.head, programs):
-                phases.head_back(w, l, d, s, t, tile, B, i)
+                phases.head_back(w, l, d, s, t, _tile(arrivals), B, i)
             met = _meet(arrivals, met, PHASE, GRID)
         if PHASE == ALL or PHASE == 2:
             for i in range(p, n.deter, programs):
-                phases.update_back(w, l, d, s, t, tile, B, i)
+                phases.update_back(w, l, d, s, t, _tile(arrivals), B, i)
             met = _meet(arrivals, met, PHASE, GRID)
         if s.cell == BLOCK_GRU and (PHASE == ALL or PHASE == 3):
             for i in range(p, n.second, programs):
-                phases.mix_back(w, l, d, s, t, tile, B, i)
+                phases.mix_back(w, l, d, s, t, _tile(arrivals), B, i)
             met = _meet(arrivals, met, PHASE, GRID)
         if PHASE == ALL or PHASE == 4:
             for i in range(p, n.inputs + n.deter, programs):
                 if i < n.inputs:
-                    phases.inputs_back(w, l, d, s, t, tile, B, i)
+                    phases.inputs_back(w, l, d, s, t, _tile(arrivals), B, i)
                 else:
-                    phases.carry_back(w, l, d, s, t, tile, B, i - n.inputs)
+                    phases.carry_back(w, l, d, s, t, _tile(arrivals), B, i - n.inputs)
             met = _meet(arrivals, met, PHASE, GRID)
         if s.cell == BLOCK_GRU and (PHASE == ALL or PHASE == 5):  # the next phase reads nothing of it: no meeting
             for i in range(p, n.deter, programs):
-                phases.deter_back(w, l, d, s, t, tile, B, i)
+                phases.deter_back(w, l, d, s, t, _tile(arrivals), B, i)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,7 +181,7 @@ def plan(model: Model, half: bool, processors: int) -> Plan:
     counts = counted(model, columns)
     most = max(*counts[1:], counts[0] + counts[2])
     programs = {"tile": 1, "persistent": min(most, max(1, processors // tiles)), "split": most}[shape]
-    return Plan(shape, programs, tiles, rows, columns, depth, warps=8 if shape == "tile" else 4, stages=3)
+    return Plan(shape, programs, tiles, rows, columns, depth, warps=8 if shape != "split" else 4, stages=3)
 
 
 def counted(model: Model, columns: int) -> tuple[int, ...]:

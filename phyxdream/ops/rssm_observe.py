@@ -10,6 +10,7 @@ phyxdream/ops/rssm_observe_cpu.py; Triton in kernels/rssm_observe.py, called by 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from functools import partial
 
@@ -48,12 +49,12 @@ def rssm_observe(
     mean + std · noise with std = softplus(raw) + min_std.
 
     Args:
-        embed: (T, B, E) float32 or float64, any strides.
+        embed: (T, B, E) float32, float64, bfloat16 or float16, any strides. All tensors share its dtype.
         action: (T, B, A); `action[t]` led to observation t.
         is_first: (T, B) bool; where true, the state and the action are reset before the step.
         deter: (B, D) state before the first step.
         stoch: (B, S, C) or (B, S).
-        noise: (T, B, S, C) uniform in [0, 1), or (T, B, S) standard normal.
+        noise: (T, B, S, C) uniform in [0, 1), or (T, B, S) standard normal; float32 also goes with half precision.
         cell: `GRUWeights`, `LayerNormGRUWeights` or `BlockGRUWeights`; which one says which cell it is.
         posterior: `PosteriorWeights`.
         initial_deter: (D,) where a reset leads; None is zeros.
@@ -68,8 +69,11 @@ def rssm_observe(
         deter (T, B, D), stoch (T, B, S, C) and logits (T, B, S, C) before unimix; or deter, stoch (T, B, S), mean and
         std (T, B, S).
 
+    Half precision is computed in float32, state included, and rounded once; but Triton's products have half-precision
+    factors. Inside autocast, all tensors become float32, and on CUDA of the region's dtype.
+
     Raises:
-        TypeError: an argument is of another type, or the dtypes differ (inside autocast, all become float32).
+        TypeError: an argument is of another type, or the dtypes differ.
         ValueError: a shape does not fit, the devices differ, a tensor is empty, or an option is out of range.
 
     Source: Hafner et al., "Learning Latent Dynamics for Planning from Pixels", 2019 (`GRUWeights`, Gaussian);
@@ -211,19 +215,25 @@ def _alike(tensors, owners):
     for name, x in named.items():
         if x.dtype not in FLOATING:
             raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
-        mixed = mixed or x.dtype is not first.dtype
+        fits = x.dtype is first.dtype or (name == "noise" and x.dtype is torch.float32 and first.dtype in HALF)
+        mixed = mixed or not fits
         if not (x.is_cpu and first.is_cpu) and x.device != first.device:
             raise ValueError(f"{name}: expected the device of embed, {first.device}, got {x.device}")
     if tensors["is_first"].device != first.device:
         raise ValueError(f"is_first: expected the device of embed, {first.device}, got {tensors['is_first'].device}")
-    flat = [*tensors.values(), *(x for weights in owners.values() for x in weights)]
-    if (mixed or first.dtype in HALF) and torch.is_autocast_enabled(first.device.type):
-        flat = [x if x is None or x.dtype is torch.bool else x.float() for x in flat]
+    device = first.device.type
+    cast = mixed or first.dtype in HALF or (device == "cuda" and first.dtype is torch.float32)
+    if cast and torch.is_autocast_enabled(device):
+        # C++ knows float32 only. On CUDA the scan is a product as those that torch casts; its noise stays precise.
+        dtype = torch.get_autocast_dtype(device) if device == "cuda" else torch.float32
+        kept = {"is_first": tensors["is_first"], "noise": tensors["noise"].float()}
+        tensors = {name: kept[name] if name in kept else x.to(dtype) for name, x in tensors.items()}
+        owners = {name: [None if x is None else x.to(dtype) for x in weights] for name, weights in owners.items()}
     elif mixed:
         dtypes = ", ".join(f"{name} {x.dtype}" for name, x in named.items() if x.dtype is not first.dtype)
         raise TypeError(f"expected all tensors in the dtype of embed, {first.dtype}, got {dtypes}")
-    count = len(tensors)
-    return flat[:count], [*flat[count:], *[None] * (count + _WEIGHTS - len(flat))]
+    weights = [x for group in owners.values() for x in group]
+    return list(tensors.values()), weights + [None] * (_WEIGHTS - len(weights))
 
 
 def split_weights(args) -> tuple[CellWeights, PosteriorWeights, Options]:
@@ -235,7 +245,17 @@ def split_weights(args) -> tuple[CellWeights, PosteriorWeights, Options]:
     return cell, posterior, Options(act, unimix, min_std, rms_eps, layer_eps)
 
 
-def _reference(embed, action, is_first, deter, stoch, noise, initial_deter, initial_stoch, *rest):
+def _reference(embed, *rest):
+    device, dtype = embed.device.type, embed.dtype
+    plain = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+    with plain:
+        if dtype not in HALF:
+            return _scan(embed, *rest)
+        rest = [x.float() if isinstance(x, Tensor) and x.dtype is not torch.bool else x for x in rest]
+        return tuple(x.to(dtype) for x in _scan(embed.float(), *rest))
+
+
+def _scan(embed, action, is_first, deter, stoch, noise, initial_deter, initial_stoch, *rest):
     cell, posterior, options = split_weights(rest)
     T, latent = noise.shape[0], noise.shape[2:]
     D, categorical = deter.shape[1], len(latent) == 2
