@@ -63,10 +63,13 @@ def _meet(arrivals, met, PHASE: tl.constexpr, GRID: tl.constexpr):
 
 
 @triton.jit
-def _tile(arrivals):
-    """The program's tile of sequences, by a sum with 0 that compilers do not see through: they would keep what follows
-    from the tile, for all phases at once, in registers that a phase needs."""
-    return tl.program_id(1) + tl.minimum(tl.load(arrivals + tl.program_id(1)), 0)
+def _tile(arrivals, GRID: tl.constexpr):
+    """The program's tile of sequences. Programs that wait add a 0 that compilers do not see through: they would keep
+    what follows from the tile, for all phases at once, in registers that a phase needs."""
+    tile = tl.program_id(1)
+    if GRID:
+        tile += tl.minimum(tl.load(arrivals + tile), 0)
+    return tile
 
 
 @triton.jit(do_not_specialize=["T", "B", "first", "last"])
@@ -77,26 +80,26 @@ def forward_kernel(w, l, d, s, n, arrivals, T, B, first, last, PHASE: tl.constex
     for t in range(first, last):
         if PHASE == ALL or PHASE == 0:
             for i in range(p, n.inputs, programs):
-                phases.inputs(w, l, d, s, t, _tile(arrivals), B, i)
+                phases.inputs(w, l, d, s, t, _tile(arrivals, GRID), B, i)
             met = _meet(arrivals, met, PHASE, GRID)
         if n.second > 0 and (PHASE == ALL or PHASE == 1):
             for i in range(p, n.second, programs):
                 if s.cell == BLOCK_GRU:
-                    phases.mix(w, l, d, s, t, _tile(arrivals), B, i)
+                    phases.mix(w, l, d, s, t, _tile(arrivals, GRID), B, i)
                 else:
-                    phases.gates(w, l, d, s, t, _tile(arrivals), B, i)
+                    phases.gates(w, l, d, s, t, _tile(arrivals, GRID), B, i)
             met = _meet(arrivals, met, PHASE, GRID)
         if PHASE == ALL or PHASE == 2:
             for i in range(p, n.deter, programs):
-                phases.update(w, l, d, s, t, T, _tile(arrivals), B, i)
+                phases.update(w, l, d, s, t, T, _tile(arrivals, GRID), B, i)
             met = _meet(arrivals, met, PHASE, GRID)
         if PHASE == ALL or PHASE == 3:
             for i in range(p, n.head, programs):
-                phases.head(w, l, d, s, t, _tile(arrivals), B, i)
+                phases.head(w, l, d, s, t, _tile(arrivals, GRID), B, i)
             met = _meet(arrivals, met, PHASE, GRID)
         if PHASE == ALL or PHASE == 4:
             for i in range(p, n.sample, programs):
-                phases.sample(w, l, d, s, t, T, _tile(arrivals), B, i)
+                phases.sample(w, l, d, s, t, T, _tile(arrivals, GRID), B, i)
             met = _meet(arrivals, met, PHASE, GRID)
 
 
@@ -109,30 +112,30 @@ def backward_kernel(w, l, d, s, n, arrivals, T, B, first, last, PHASE: tl.conste
         t = last - 1 - back
         if PHASE == ALL or PHASE == 0:
             for i in range(p, n.sample, programs):
-                phases.statistics_back(w, l, d, s, t, T, _tile(arrivals), B, i)
+                phases.statistics_back(w, l, d, s, t, T, _tile(arrivals, GRID), B, i)
             met = _meet(arrivals, met, PHASE, GRID)
         if PHASE == ALL or PHASE == 1:
             for i in range(p, n.head, programs):
-                phases.head_back(w, l, d, s, t, _tile(arrivals), B, i)
+                phases.head_back(w, l, d, s, t, _tile(arrivals, GRID), B, i)
             met = _meet(arrivals, met, PHASE, GRID)
         if PHASE == ALL or PHASE == 2:
             for i in range(p, n.deter, programs):
-                phases.update_back(w, l, d, s, t, _tile(arrivals), B, i)
+                phases.update_back(w, l, d, s, t, _tile(arrivals, GRID), B, i)
             met = _meet(arrivals, met, PHASE, GRID)
         if s.cell == BLOCK_GRU and (PHASE == ALL or PHASE == 3):
             for i in range(p, n.second, programs):
-                phases.mix_back(w, l, d, s, t, _tile(arrivals), B, i)
+                phases.mix_back(w, l, d, s, t, _tile(arrivals, GRID), B, i)
             met = _meet(arrivals, met, PHASE, GRID)
         if PHASE == ALL or PHASE == 4:
             for i in range(p, n.inputs + n.deter, programs):
                 if i < n.inputs:
-                    phases.inputs_back(w, l, d, s, t, _tile(arrivals), B, i)
+                    phases.inputs_back(w, l, d, s, t, _tile(arrivals, GRID), B, i)
                 else:
-                    phases.carry_back(w, l, d, s, t, _tile(arrivals), B, i - n.inputs)
+                    phases.carry_back(w, l, d, s, t, _tile(arrivals, GRID), B, i - n.inputs)
             met = _meet(arrivals, met, PHASE, GRID)
         if s.cell == BLOCK_GRU and (PHASE == ALL or PHASE == 5):  # the next phase reads nothing of it: no meeting
             for i in range(p, n.deter, programs):
-                phases.deter_back(w, l, d, s, t, _tile(arrivals), B, i)
+                phases.deter_back(w, l, d, s, t, _tile(arrivals, GRID), B, i)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

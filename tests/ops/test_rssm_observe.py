@@ -572,7 +572,7 @@ MODELS = {
 TRITON_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.uint8: "*u8"}
 
 
-def assert_compiles_and_fits(compile_ahead, model, dtype, direction, shape=None):
+def assert_compiles_and_fits(compile_ahead, model, dtype, direction, shape, stack):
     """The kernel as `run` would launch it; its arguments are those of a call on tensors without memory."""
     kernels = pytest.importorskip("phyxdream.kernels.rssm_observe")
     launches = []
@@ -587,12 +587,11 @@ def assert_compiles_and_fits(compile_ahead, model, dtype, direction, shape=None)
     with FakeTensorMode():
         args, keywords = Case(T=64, B=16, E=1024, A=6, dtype=dtype, **MODELS[model]).arguments()
         args = op._prepare(*args, **keywords)
-        with ExitStack() as stack:
+        with ExitStack() as patches:
             for name in ("forward_kernel", "backward_kernel"):
-                stack.enter_context(mock.patch.object(kernels, name, Recorded(getattr(kernels, name))))
-            stack.enter_context(mock.patch.object(kernels, "processors", lambda device: 132))
-            if shape:
-                stack.enter_context(mock.patch.object(kernels, "choose_shape", lambda *args: shape))
+                patches.enter_context(mock.patch.object(kernels, name, Recorded(getattr(kernels, name))))
+            patches.enter_context(mock.patch.object(kernels, "processors", lambda device: 132))
+            patches.enter_context(mock.patch.object(kernels, "choose_shape", lambda *args: shape))
             outputs = op._triton_forward(*args)
             if direction == "backward":
                 launches.clear()
@@ -613,28 +612,29 @@ def assert_compiles_and_fits(compile_ahead, model, dtype, direction, shape=None)
         types = dict(zip(kernel.arg_names, map(type_of, given), strict=False))
         types |= {name: "i32" for name in ("T", "B", "first", "last")} | constants
         options.pop("launch_cooperative_grid", None)
-        compile_ahead(kernel, types, **options).assert_fits()
+        compile_ahead(kernel, types, **options).assert_fits(stack)
     assert seen
+
+
+# Bytes a thread that go to the stack, at most. The kernels hold all phases of a step, and compilers move addresses of
+# all of them out of the loop over time; the assembler also trades some words for occupancy (8 bytes at 80 registers).
+STACK = {"V1": 64, "512": 0, "12M": 64, "50M": 64}
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_triton_compiles_and_fits(compile_ahead, direction):
-    assert_compiles_and_fits(compile_ahead, "V1", torch.float32, direction)
+    assert_compiles_and_fits(compile_ahead, "V1", torch.float32, direction, "tile", STACK["V1"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("model", MODELS)
-def test_triton_compiles_and_fits_at_all_sizes(compile_ahead, model, dtype, direction):
-    assert_compiles_and_fits(compile_ahead, model, dtype, direction)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("model", MODELS)
-def test_triton_compiles_and_fits_phase_by_phase(compile_ahead, model, direction):
-    assert_compiles_and_fits(compile_ahead, model, torch.bfloat16, direction, "split")
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [("V1", "tile"), *itertools.product(("512", "12M", "50M"), ("persistent", "split"))],
+)
+def test_triton_compiles_and_fits_at_all_sizes(compile_ahead, model, shape, dtype, direction):
+    assert_compiles_and_fits(compile_ahead, model, dtype, direction, shape, 8 if shape == "split" else STACK[model])
 
 
 @pytest.mark.gpu
