@@ -114,10 +114,11 @@ def forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     flat_x, flat_y = flat(x, order), flat(y, order)
     rows, size = flat_x.shape
     p = plan(rows, size)
-    forward_kernel[(p.programs,)](
-        flat_y, flat_x, weight.contiguous(), rows, size, eps, *flat_y.stride(), *flat_x.stride(), ROWS=p.rows,
-        COLUMNS=p.columns, num_warps=p.warps,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        forward_kernel[(p.programs,)](
+            flat_y, flat_x, weight.contiguous(), rows, size, eps, *flat_y.stride(), *flat_x.stride(), ROWS=p.rows,
+            COLUMNS=p.columns, num_warps=p.warps,
+        )  # fmt: skip
     return written(y, flat_y, order)
 
 
@@ -128,8 +129,9 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tenso
     rows, size = flat_x.shape
     p = plan(rows, size)
     shares = torch.empty(p.backward_programs, size, dtype=torch.float32, device=x.device)
-    backward_kernel[(p.backward_programs,)](
-        flat_grad_x, shares, flat_grad, flat_x, weight.contiguous(), rows, size, eps, *flat_grad_x.stride(),
-        *flat_grad.stride(), *flat_x.stride(), ROWS=p.rows, COLUMNS=p.columns, num_warps=p.warps,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        backward_kernel[(p.backward_programs,)](
+            flat_grad_x, shares, flat_grad, flat_x, weight.contiguous(), rows, size, eps, *flat_grad_x.stride(),
+            *flat_grad.stride(), *flat_x.stride(), ROWS=p.rows, COLUMNS=p.columns, num_warps=p.warps,
+        )  # fmt: skip
     return written(grad_x, flat_grad_x, order), shares.sum(0).to(weight.dtype)

@@ -71,9 +71,14 @@ def check_cell(cell: CellWeights, sizes: Sizes) -> None:
     check_weights("cell", cell, cell.shapes(sizes))
 
 
-def alike(tensors: dict[str, Tensor | None]) -> list[Tensor | None]:
-    """The tensors, which share dtype and device; of a bool only the device is looked at."""
+def alike(tensors: dict[str, Tensor | None], half: bool = False) -> list[Tensor | None]:
+    """The tensors, which share dtype and device; of a bool only the device is looked at.
+
+    Inside autocast they are brought to one dtype. `half` is for scans that half precision does no harm: then that is
+    the region's on CUDA, as for the products that torch casts, and float32 `noise` may go with half precision.
+    """
     first_name, first = next(iter(tensors.items()))
+    device, precise = first.device.type, ("noise",) if half else ()
     mixed = {}
     for name, x in tensors.items():
         if x is None:
@@ -84,10 +89,16 @@ def alike(tensors: dict[str, Tensor | None]) -> list[Tensor | None]:
             continue
         if x.dtype not in FLOATING:
             raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
-        if x.dtype is not first.dtype:
+        fits = x.dtype is first.dtype or (name in precise and x.dtype is torch.float32 and first.dtype in HALF)
+        if not fits:
             mixed[name] = x.dtype
-    if (mixed or first.dtype in HALF) and torch.is_autocast_enabled(first.device.type):
-        return [x if x is None or x.dtype is torch.bool else x.float() for x in tensors.values()]
+    cast = mixed or first.dtype in HALF or (half and device == "cuda" and first.dtype is torch.float32)
+    if cast and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device) if half and device == "cuda" else torch.float32
+        return [
+            x if x is None or x.dtype is torch.bool else x.float() if name in precise else x.to(dtype)
+            for name, x in tensors.items()
+        ]
     if mixed:
         got = ", ".join(f"{name} {dtype}" for name, dtype in mixed.items())
         raise TypeError(f"expected all tensors in the dtype of {first_name}, {first.dtype}, got {got}")

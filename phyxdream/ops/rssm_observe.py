@@ -5,19 +5,22 @@
     z_t ~ q(statistics_t), drawn by the given noise
 
 The equations of the cells are in phyxdream/ops/rssm_cells.py. C++ in csrc/rssm_observe.cpp, called by
-phyxdream/ops/rssm_observe_cpu.py.
+phyxdream/ops/rssm_observe_cpu.py; Triton in kernels/rssm_observe.py, called by phyxdream/ops/rssm_observe_triton.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from phyxdream.ops import rssm_cells, rssm_cpu, rssm_observe_cpu
+from phyxdream.ops import rssm_cells, rssm_cpu, rssm_observe_cpu, rssm_observe_triton
 from phyxdream.ops.backend import Backend, Op
+from phyxdream.ops.contract import HALF
 from phyxdream.ops.rssm_cells import CELLS, CellWeights, Options, PosteriorWeights, Sizes
 from phyxdream.ops.rssm_contract import (
     alike,
@@ -57,12 +60,12 @@ def rssm_observe(
     mean + std · noise with std = softplus(raw) + min_std.
 
     Args:
-        embed: (T, B, E) float32 or float64, any strides.
+        embed: (T, B, E) float32, float64, bfloat16 or float16, any strides. All tensors share its dtype.
         action: (T, B, A); `action[t]` led to observation t.
         is_first: (T, B) bool; where true, the state and the action are reset before the step.
         deter: (B, D) state before the first step.
         stoch: (B, S, C) or (B, S).
-        noise: (T, B, S, C) uniform in [0, 1), or (T, B, S) standard normal.
+        noise: (T, B, S, C) uniform in [0, 1), or (T, B, S) standard normal; float32 also goes with half precision.
         cell: `GRUWeights`, `LayerNormGRUWeights` or `BlockGRUWeights`; which one says which cell it is.
         posterior: `PosteriorWeights`.
         initial_deter: (D,) where a reset leads; None is zeros.
@@ -77,8 +80,11 @@ def rssm_observe(
         deter (T, B, D), stoch (T, B, S, C) and logits (T, B, S, C) before unimix; or deter, stoch (T, B, S), mean and
         std (T, B, S).
 
+    Half precision is computed in float32, state included, and rounded once; but Triton's products have half-precision
+    factors. Inside autocast, all tensors become float32, and on CUDA of the region's dtype.
+
     Raises:
-        TypeError: an argument is of another type, or the dtypes differ (inside autocast, all become float32).
+        TypeError: an argument is of another type, or the dtypes differ.
         ValueError: a shape does not fit, the devices differ, a tensor is empty, or an option is out of range.
 
     Source: Hafner et al., "Learning Latent Dynamics for Planning from Pixels", 2019 (`GRUWeights`, Gaussian);
@@ -167,7 +173,7 @@ def _prepare(
     check_cell(cell, sizes)
     statistics = sizes.Z if len(latent) == 2 else 2 * sizes.Z
     check_weights("posterior", posterior, posterior.shapes(sizes, statistics))
-    flat = alike({**tensors, **named_weights("cell", cell), **named_weights("posterior", posterior)})
+    flat = alike({**tensors, **named_weights("cell", cell), **named_weights("posterior", posterior)}, half=True)
     flat += [None] * (len(_TENSORS) + _WEIGHTS - len(flat))
     act = rssm_cells.DEFAULT_ACT[name] if act is None else act
     check_act("act", act)
@@ -185,7 +191,17 @@ def split_weights(args) -> tuple[CellWeights, PosteriorWeights, Options]:
     return cell, posterior, Options(act, unimix, min_std, rms_eps, layer_eps)
 
 
-def _reference(embed, action, is_first, deter, stoch, noise, initial_deter, initial_stoch, *rest):
+def _reference(embed, *rest):
+    device, dtype = embed.device.type, embed.dtype
+    plain = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+    with plain:
+        if dtype not in HALF:
+            return _scan(embed, *rest)
+        rest = [x.float() if isinstance(x, Tensor) and x.dtype is not torch.bool else x for x in rest]
+        return tuple(x.to(dtype) for x in _scan(embed.float(), *rest))
+
+
+def _scan(embed, action, is_first, deter, stoch, noise, initial_deter, initial_stoch, *rest):
     cell, posterior, options = split_weights(rest)
     T, latent = noise.shape[0], noise.shape[2:]
     D, categorical = deter.shape[1], len(latent) == 2
@@ -215,22 +231,27 @@ def _reference(embed, action, is_first, deter, stoch, noise, initial_deter, init
     return tuple(torch.stack(x) for x in zip(*steps, strict=True))
 
 
-def _fake(embed, action, is_first, deter, stoch, noise, initial_deter, initial_stoch, *rest):
-    cell, posterior, _ = split_weights(rest)
+def _fake(*args):
+    embed, _, _, deter, _, noise, *_ = args
+    cell, posterior, _ = split_weights(args[len(_TENSORS) :])
     T, B, *latent = noise.shape
     statistics = posterior.out_weight.shape[0]
+    if embed.is_cuda:
+        tape = embed.new_empty(T * B * _model(*args).tape_row, dtype=torch.float32)
+    else:
+        tape = embed.new_empty(rssm_observe_cpu.tape_size(cell, posterior, T, B, deter.shape[1], latent))
     return (
         embed.new_empty(T, B, deter.shape[1]),
         embed.new_empty(T, B, *latent),
         embed.new_empty(T, B, statistics),
-        embed.new_empty(rssm_observe_cpu.tape_size(cell, posterior, T, B, deter.shape[1], latent)),
+        tape,
         embed.new_empty((T, B, latent[0]) if len(latent) == 2 else 0, dtype=torch.int32),
     )
 
 
 def _fake_backward(grad_deter, grad_stoch, grad_statistics, deter_out, stoch_out, statistics, tape, index, *args):
     inputs = (args[i] for i in _DIFFERENTIABLE)
-    return [tape.new_empty(0 if x is None else x.shape) for x in inputs]
+    return [deter_out.new_empty(0 if x is None else x.shape) for x in inputs]
 
 
 def _save(ctx, inputs, output):
@@ -257,14 +278,17 @@ def _cpu_forward(*args):
     return rssm_observe_cpu.forward(_fake(*args), args[: len(_TENSORS)], *split_weights(args[len(_TENSORS) :]))
 
 
-def _cpu_backward(*args):
+def _backward_of(implementation, *args):
     grads, outputs, inputs = args[:3], args[3:8], args[8:]
     cell, posterior, options = split_weights(inputs[len(_TENSORS) :])
-    found = rssm_observe_cpu.backward(grads, outputs, inputs[: len(_TENSORS)], cell, posterior, options)
+    found = implementation.backward(grads, outputs, inputs[: len(_TENSORS)], cell, posterior, options)
     empty = outputs[0].new_empty(0)
     tensors, cell_grads, posterior_grads = found
     flat = [*tensors, *cell_grads, *posterior_grads]
     return [empty if x is None else x for x in flat] + [empty] * (len(_DIFFERENTIABLE) - len(flat))
+
+
+_cpu_backward, _triton_backward = (partial(_backward_of, x) for x in (rssm_observe_cpu, rssm_observe_triton))
 
 
 def _cpu_refuse(*args):
@@ -280,6 +304,23 @@ def _cpu_plan(*args):
     return rssm_observe_cpu.plan(cell, posterior, args[0].shape[1])
 
 
+def _triton_forward(*args):
+    return rssm_observe_triton.forward(args[: len(_TENSORS)], *split_weights(args[len(_TENSORS) :]))
+
+
+def _triton_refuse(*args):
+    return rssm_observe_triton.refuse(args[0], args[5], args[len(_TENSORS) + _WEIGHTS + 1])
+
+
+def _triton_plan(*args):
+    return rssm_observe_triton.plan(args[0], _model(*args))
+
+
+def _model(embed, action, is_first, deter, stoch, noise, initial_deter, initial_stoch, *rest):
+    T, B, *latent = noise.shape
+    return rssm_observe_triton.model_of(*split_weights(rest), T, B, embed.shape[2], deter.shape[1], latent)
+
+
 _op = Op(
     "rssm_observe",
     prepare=_prepare,
@@ -290,5 +331,8 @@ _op = Op(
     backward_fake=_fake_backward,
     save=_save,
     backward=_backward,
-    backends=(Backend("cpu", _cpu_forward, _cpu_backward, _cpu_refuse, _cpu_plan, _cpu_slower),),
+    backends=(
+        Backend("cpu", _cpu_forward, _cpu_backward, _cpu_refuse, _cpu_plan, _cpu_slower),
+        Backend("triton", _triton_forward, _triton_backward, _triton_refuse, _triton_plan),
+    ),
 )

@@ -5,10 +5,13 @@ What the reference itself must do (resets, samples, carry) is in tests/nn/test_r
 
 import importlib
 import itertools
+from contextlib import ExitStack
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.nn import functional as F
 
@@ -91,13 +94,21 @@ class Case:
         args, keywords = self.arguments(inputs, **options)
         return ops.rssm_observe(*args, **keywords)
 
+    def to(self, *args):
+        """Of another dtype (but the noise) or on another device."""
+        for group in (self.tensors, self.cell, self.posterior):
+            group.update({k: None if x is None else x.to(*args) for k, x in group.items()})
+        device = self.tensors["embed"].device
+        self.noise, self.is_first = self.noise.to(device), self.is_first.to(device)
+        return self
+
     def run(self, backend, **options):
         """Results, and the gradients of all inputs under fixed gradients of the results, by name."""
         leaves = {k: x.detach().requires_grad_() for k, x in self.inputs.items()}
         with ops.use_backend(backend):
             outputs = self.call(leaves, **options)
         g = torch.Generator().manual_seed(99)
-        grads = [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype) for x in outputs]
+        grads = [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x) for x in outputs]
         found = torch.autograd.grad(outputs, list(leaves.values()), grads)
         names = ["deter", "stoch", "logits"] if len(outputs) == 3 else ["deter", "stoch", "mean", "std"]
         results = {k: x.detach() for k, x in zip(names, outputs, strict=True)}
@@ -468,6 +479,214 @@ def test_the_number_of_threads_changes_no_bit():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Triton.
+
+
+def triton_run(case, shape, **options):
+    kernels = importlib.import_module("phyxdream.kernels.rssm_observe")
+    with mock.patch.object(kernels, "choose_shape", lambda *args: shape):
+        return case.run("triton", **options)
+
+
+def check_cells_in_the_interpreter():
+    for kind, latent in KINDS:
+        case = Case(kind, LATENTS[latent], T=2 + (kind == "gru"), dtype=torch.float32)
+        assert_same(triton_run(case, "tile"), case.run("reference"))
+
+
+def check_shapes_in_the_interpreter():
+    """Beside one program: the phases one by one, with a program per tile, and one program that meets itself."""
+    odd = dict(D=34, U=19, V=33, latent=(3, 17), A=1, E=1, T=2, dtype=torch.float32)
+    small = dict(D=6, U=5, V=4, latent=(20, 2), A=1, E=1, T=2, blocks=3, dtype=torch.float32)
+    for kind in CELLS:
+        case = Case(kind, norm="layer", **odd)
+        assert_same(triton_run(case, "split", act="relu"), case.run("reference", act="relu"))
+        case = Case(kind, norm="rms", **small)
+        options = dict(act="elu", unimix=0.0, rms_eps=0.1)
+        assert_same(triton_run(case, "persistent", **options), case.run("reference", **options))
+    case = Case("block_gru", norm="none", T=1, B=1, resets=0.0, dtype=torch.float32)
+    assert_same(triton_run(case, "split"), case.run("reference"))
+    case = Case("gru", (5,), norm="rms", T=2, B=17, resets=1.0, dtype=torch.float32)
+    assert_same(triton_run(case, "persistent", min_std=0.7), case.run("reference", min_std=0.7))
+    case = Case("gru", norm="layer", V=530, T=1, dtype=torch.float32)  # sums of more tiles than one load takes
+    assert_same(triton_run(case, "persistent"), case.run("reference"))
+
+
+def check_what_else_triton_takes_in_the_interpreter():
+    case = Case("block_gru", T=2, dtype=torch.float32)
+    case.is_first[0] = True
+    expected = case.run("reference")
+    case.tensors["deter"].fill_(torch.nan)
+    case.tensors["stoch"].fill_(torch.nan)
+    case.tensors["action"][case.is_first] = torch.nan
+    assert_same(triton_run(case, "tile"), expected)  # nothing crosses a reset
+
+    for name in list(case.cell):
+        if name.endswith("_bias") and name not in op._NEEDED:
+            case.cell[name] = None
+    case.tensors = {k: x.nan_to_num().movedim(0, -1).contiguous().movedim(-1, 0) for k, x in case.tensors.items()}
+    assert_same(triton_run(case, "tile"), case.run("reference"))  # no biases, other strides
+
+    leaves = {k: x.clone().requires_grad_() for k, x in case.inputs.items()}
+    with ops.use_backend("triton"):
+        deter, *_ = case.call(leaves)  # of a loss that leaves out results
+    deter.square().sum().backward()
+    grads = {k: x.grad for k, x in leaves.items()}
+    leaves = {k: x.clone().requires_grad_() for k, x in case.inputs.items()}
+    with ops.use_backend("reference"):
+        case.call(leaves)[0].square().sum().backward()
+    assert_same(grads, {k: x.grad if x.grad is not None else torch.zeros_like(x) for k, x in leaves.items()})
+
+    # float16 rounds at 2⁻¹¹ what enters every product; the interpreter knows no bfloat16.
+    case = Case("layernorm_gru", (5,), T=2, dtype=torch.float32).to(torch.float16)
+    got = triton_run(case, "tile")
+    assert all(x.dtype is torch.float16 for x in got.values())
+    assert_same({k: x.float() for k, x in got.items()}, case.to(torch.float32).run("reference"), 5e-3)
+
+    args, keywords = Case("gru", (2, 300), dtype=torch.float32).arguments(act="silu")
+    with ops.use_backend("triton"), pytest.raises(BackendError, match="at most 256 classes"):
+        ops.rssm_observe(*args, **keywords)
+    args, keywords = Case(dtype=torch.float32).arguments(act="tanh")
+    with ops.use_backend("triton"), pytest.raises(BackendError, match="activations silu, elu, relu, not tanh"):
+        ops.rssm_observe(*args, **keywords)
+    args, keywords = Case(dtype=torch.float32).arguments()
+    with ops.use_backend("triton"):
+        reasons = ops.explain(ops.rssm_observe, *args, **keywords).reasons
+    assert "tile scan: 1 program of 32 features for each of 1 tiles of 16 sequences" in reasons["triton"]
+
+
+@pytest.mark.parametrize(
+    "check",
+    [check_cells_in_the_interpreter, check_shapes_in_the_interpreter, check_what_else_triton_takes_in_the_interpreter],
+)
+def test_triton_in_the_interpreter(run_interpreted, check):
+    run_interpreted(check)
+
+
+# Of a call with 16 sequences: V1, then early V3, then V3's sizes 12M and 50M.
+MODELS = {
+    "V1": dict(kind="gru", D=200, U=200, V=200, latent=(30,)),
+    "512": dict(kind="layernorm_gru", D=512, U=512, V=512, latent=(32, 32)),
+    "12M": dict(kind="block_gru", D=2048, U=256, V=256, latent=(32, 16), blocks=8),
+    "50M": dict(kind="block_gru", D=4096, U=512, V=512, latent=(32, 32), blocks=8),
+}
+TRITON_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.uint8: "*u8"}
+
+
+def assert_compiles_and_fits(compile_ahead, model, dtype, direction, shape, stack):
+    """The kernel as `run` would launch it; its arguments are those of a call on tensors without memory."""
+    kernels = pytest.importorskip("phyxdream.kernels.rssm_observe")
+    launches = []
+
+    class Recorded:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return lambda *args, **options: launches.append((self.kernel, args, options))
+
+    with FakeTensorMode():
+        args, keywords = Case(T=64, B=16, E=1024, A=6, dtype=dtype, **MODELS[model]).arguments()
+        args = op._prepare(*args, **keywords)
+        with ExitStack() as patches:
+            for name in ("forward_kernel", "backward_kernel"):
+                patches.enter_context(mock.patch.object(kernels, name, Recorded(getattr(kernels, name))))
+            patches.enter_context(mock.patch.object(kernels, "processors", lambda device: 132))
+            patches.enter_context(mock.patch.object(kernels, "choose_shape", lambda *args: shape))
+            outputs = op._triton_forward(*args)
+            if direction == "backward":
+                launches.clear()
+                op._triton_backward(*outputs[:3], *outputs, *args)
+
+    def type_of(value):
+        if isinstance(value, tuple):
+            fields = map(type_of, value)
+            return type(value)(*fields) if hasattr(value, "_fields") else tuple(fields)
+        return TRITON_TYPES[value.dtype] if isinstance(value, torch.Tensor) else value
+
+    seen = set()
+    for kernel, given, options in launches:
+        constants = {name: options.pop(name) for name in ("PHASE", "GRID")}
+        if constants["PHASE"] in seen:
+            continue  # another step
+        seen.add(constants["PHASE"])
+        types = dict(zip(kernel.arg_names, map(type_of, given), strict=False))
+        types |= {name: "i32" for name in ("T", "B", "first", "last")} | constants
+        options.pop("launch_cooperative_grid", None)
+        compile_ahead(kernel, types, **options).assert_fits(stack)
+    assert seen
+
+
+# Bytes a thread that go to the stack, at most. The kernels hold all phases of a step, and compilers move addresses of
+# all of them out of the loop over time; the assembler also trades some words for occupancy (8 bytes at 80 registers).
+STACK = {"V1": 64, "512": 0, "12M": 64, "50M": 64}
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_triton_compiles_and_fits(compile_ahead, direction):
+    assert_compiles_and_fits(compile_ahead, "V1", torch.float32, direction, "tile", STACK["V1"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [("V1", "tile"), *itertools.product(("512", "12M", "50M"), ("persistent", "split"))],
+)
+def test_triton_compiles_and_fits_at_all_sizes(compile_ahead, model, shape, dtype, direction):
+    assert_compiles_and_fits(compile_ahead, model, dtype, direction, shape, 8 if shape == "split" else STACK[model])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("shape", ["tile", "persistent", "split"])
+@pytest.mark.parametrize(("kind", "latent"), KINDS)
+def test_triton_on_a_gpu(kind, latent, shape):
+    odd = dict(D=136, U=70, V=33, A=5, E=40, B=19, T=7)
+    large = dict(D=512, U=256, V=320, A=6, E=128, B=16, T=16, blocks=8)
+    for sizes in ({}, odd, large):
+        case = Case(kind, (12, 17) if latent == "categorical" else (30,), dtype=torch.float32, **sizes).to("cuda")
+        expected = case.run("reference")
+        assert_same(triton_run(case, shape), expected)
+        # bfloat16 rounds at 2⁻⁸, and so draws other classes now and then: only Gaussians stay near.
+        if latent == "gaussian":
+            got = triton_run(case.to(torch.bfloat16), shape)
+            assert_same({k: x.float() for k, x in got.items()}, expected, 5e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("shape", ["tile", "persistent", "split"])
+def test_triton_in_a_cuda_graph(shape):
+    case = Case("block_gru", T=5, B=16, D=64, U=32, V=32, dtype=torch.float32).to("cuda")
+    expected = case.run("reference")["deter"]
+    stream = torch.cuda.Stream()
+    kernels = importlib.import_module("phyxdream.kernels.rssm_observe")
+    with mock.patch.object(kernels, "choose_shape", lambda *args: shape), ops.use_backend("triton"), torch.no_grad():
+        with torch.cuda.stream(stream):
+            case.call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            deter = case.call()[0]
+    for _ in range(2):
+        deter.zero_()
+        graph.replay()
+        assert_same({"deter": deter}, {"deter": expected})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_opcheck_and_autocast_on_a_gpu():
+    case = Case(T=2, dtype=torch.float32).to("cuda")
+    args, keywords = case.arguments({k: x.clone().requires_grad_() for k, x in case.inputs.items()})
+    opcheck(torch.ops.phyxdream.rssm_observe.default, op._prepare(*args, **keywords))
+    with torch.autocast("cuda", torch.bfloat16):
+        assert all(x.dtype is torch.bfloat16 for x in case.call())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # torch.library, torch.compile, autocast.
 
 
@@ -499,6 +718,39 @@ def test_autocast_computes_in_float32():
     case.tensors["embed"] = half["embed"].float()
     assert all(x.dtype is torch.float32 for x in outputs)
     torch.testing.assert_close(outputs[0], case.run("cpu")["deter"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("latent", LATENTS)
+def test_half_precision_is_rounded_once(latent):
+    """And noise may be precise."""
+    case = Case(latent=LATENTS[latent], dtype=torch.float32).to(torch.bfloat16)
+    with ops.use_backend("reference"):
+        outputs = case.call()
+        expected = case.to(torch.float32).call()
+    assert all(x.dtype is torch.bfloat16 for x in outputs)
+    for x, y in zip(outputs[:3], expected[:3], strict=True):
+        torch.testing.assert_close(x, y.bfloat16(), rtol=0, atol=0)
+
+
+def test_autocast_on_cuda_computes_in_its_dtype():
+    """By what enters the op; the tensors are on a GPU that need not exist."""
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        with FakeTensorMode():
+            case = Case(dtype=torch.float32)
+            for group in (case.tensors, case.cell, case.posterior):
+                group |= {k: torch.empty_like(x, device="cuda") for k, x in group.items() if x is not None}
+            case.noise, case.is_first = (torch.empty_like(x, device="cuda") for x in (case.noise, case.is_first))
+            args, keywords = case.arguments()
+            args = op._prepare(*args, **keywords)
+            outputs = op._fake(*args)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    half = torch.get_autocast_dtype("cuda")
+    tensors = dict(zip(op._TENSORS, args, strict=False))
+    assert tensors.pop("noise").dtype is torch.float32 and tensors.pop("is_first").dtype is torch.bool
+    assert {x.dtype for x in (*tensors.values(), *args[8:]) if isinstance(x, torch.Tensor)} == {half}
+    assert [x.dtype for x in outputs] == [half, half, half, torch.float32, torch.int32]
 
 
 @needs_extension
