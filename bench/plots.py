@@ -14,7 +14,7 @@ from phyxdream.bench.results import ratio_text, seconds_text
 
 INK, MUTED, LINE = "#1b2430", "#66727f", "#dfe4ea"
 BASE, OTHER, OURS = "#a9b4c0", "#6f7f90", "#2563eb"
-_OURS = ("cpu", "triton", "phyxdream", "sample", "loader")
+_OURS = ("cpu", "triton", "triton_graph", "phyxdream", "phyxdream_graph", "sample", "loader")
 
 
 def write_plots(path: Path, result: dict[str, Any]) -> list[Path]:

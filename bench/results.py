@@ -41,6 +41,7 @@ BACKENDS = {
     "cuda_graph": "CUDA graph",
     "cpu": "C++",
     "triton": "Triton",
+    "triton_graph": "Triton, CUDA graph",
 }
 """How backends are called in tables and plots; other contenders go by their own names."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,10 @@ from phyxdream import ops
 from phyxdream.bench.timing import Contender, capture
 from phyxdream.errors import MissingDependency
 
-FAST = {"cpu": "cpu", "cuda": "triton"}  # the fused backend of an op, by type of device
+
+def _fast(device: torch.device) -> str:
+    """The fused backend of an op. Triton's interpreter takes the tensors of the CPU: then every launch can be tried."""
+    return "triton" if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1" else "cpu"
 
 
 @dataclass(frozen=True)
@@ -86,9 +90,10 @@ class Case:
         """Names of who competes on a device; `compile` adds `torch.compile` of the reference."""
         if self.names:
             return self.names
-        graph = ("cuda_graph",) if device.type == "cuda" else ()
-        ours = "phyxdream" if self.automatic else FAST[device.type]
-        return ("reference", *(("compile",) if compile else ()), *graph, ours)
+        names = ["reference", "compile"] if compile else ["reference"]
+        ours = "phyxdream" if self.automatic else _fast(device)
+        on_cuda = device.type == "cuda"
+        return (*names, *(["cuda_graph"] if on_cuda else []), ours, *([f"{ours}_graph"] if on_cuda else []))
 
 
 @dataclass(frozen=True)
@@ -157,11 +162,12 @@ def _rival(name: str, rivals: Rivals) -> Contender:
 
 
 def _backend(name: str, case: Case, call: Call) -> Contender:
-    forced = {"phyxdream": None, "compile": "reference", "cuda_graph": "reference"}.get(name, name)
+    backend = name.removesuffix("_graph")
+    forced = {"phyxdream": None, "compile": "reference", "cuda": "reference"}.get(backend, backend)
     context = functools.partial(_context, case.direction, forced)
     if name == "compile":
         return _compiled(case, call, context)
-    if name == "cuda_graph":
+    if name.endswith("_graph"):
         return capture(name, runner(case, call), context)
     return Contender(name, runner(case, call), context)
 

@@ -84,7 +84,7 @@ def _case_table(rows: Rows) -> str:
     """A line a case; a column a backend that any case has, and what else is known of the fastest."""
     cases = list(results.cases(rows).values())
     found = {row["backend"] for row in rows}
-    known = ("reference", "compile", "cuda_graph", "cpu", "triton", "phyxdream")
+    known = ("reference", "compile", "cuda_graph", "cpu", "triton", "triton_graph", "phyxdream", "phyxdream_graph")
     backends = [name for name in known if name in found] + sorted(found.difference(known))
     columns: dict[str, Callable[[dict[str, dict]], str]] = {
         "what": lambda case: _what(_last(case)),

@@ -130,7 +130,9 @@ def test_compiled_reference_tells_how_long_it_took(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
     case = load_suite("lambda_return").cases[0]
     assert case.contenders(CPU, compile=True) == ("reference", "compile", "cpu")
-    assert case.contenders(torch.device("cuda"), compile=True) == ("reference", "compile", "cuda_graph", "triton")
+    assert case.contenders(torch.device("cuda"), compile=True) == (
+        "reference", "compile", "cuda_graph", "triton", "triton_graph",
+    )  # fmt: skip
     with suite.enter(case, CPU, ["compile"]) as entry:
         assert compiled == [ops.lambda_return] and entry.contenders[0].setup_seconds > 0
 
