@@ -19,7 +19,7 @@ namespace {
 
 constexpr int kPanel = 8;            // rows of A summed at once
 constexpr int kWide = 2;             // tiles of 16 rows of B beside each other
-constexpr int64_t kStretch = 256;    // terms: 32 KB of B and 8 KB of A
+constexpr int64_t kStretch = 240;    // terms: 30 KB of B and 8 KB of A; not 256, since 8 KB apart all panels share sets
 constexpr int64_t kChunk = 128;      // rows of A that a thread lays out: 128 KB
 constexpr int64_t kTerms = 2048;     // terms of a block of B
 constexpr int64_t kBlock = 1 << 20;  // its floats

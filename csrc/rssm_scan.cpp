@@ -175,10 +175,12 @@ void set_up(Scan& s, const Arguments& a, const Weights& weights, int64_t groups,
         {"initial_stoch", &s.initial_stoch}, {"input_bias", &s.input_bias}, {"hidden_bias", &s.hidden_bias},
         {"gates_bias", &s.gates_bias}})
     *to = a.address(name);
-  if (s.C > 0)
+  if (s.C > 0) {
     s.stoch_sum = lanes(s, s.U);
-  else
+    s.classes = reinterpret_cast<int32_t*>(lanes(s, s.Z / s.C).data);
+  } else {
     s.stoch_lanes = lanes(s, s.Z);
+  }
   if (s.C > 0 && closed) s.policy.stoch_sum = lanes(s, s.policy.layers[0].size);
   s.deter = lanes(s, s.D);
   s.previous = lanes(s, s.D);
@@ -304,9 +306,10 @@ class Runner {
  public:
   Runner(const Scan& s, PhaseFunction function, int threads) : s_(s), function_(function), threads_(threads) {}
 
-  // `grain` tiles at a time, so that threads which start late or are interrupted leave the rest to others.
-  void operator()(Phase phase, int64_t t, int64_t tiles, int64_t layer = 0) const {
-    const int64_t grain = std::max<int64_t>(1, (tiles + 3 * threads_ - 1) / (3 * threads_));
+  // `grain` tiles at a time, a multiple of `unit`, so that threads which start late or are interrupted leave the rest to
+  // others.
+  void operator()(Phase phase, int64_t t, int64_t tiles, int64_t layer = 0, int64_t unit = 1) const {
+    const int64_t share = 3 * threads_ * unit, grain = std::max<int64_t>(1, (tiles + share - 1) / share) * unit;
     parallel_for(tiles, grain, threads_, [&](int64_t begin, int64_t end) {
       function_(&s_, phase, layer, t, begin, end);
     });
@@ -347,6 +350,13 @@ void enter_block(Scan& s, int64_t block, int64_t groups) {
     }
 }
 
+void put_classes(const Scan& s, int64_t t) {
+  const int64_t S = s.Z / s.C;
+  for (int64_t g = 0; g < s.groups; ++g)
+    for (int l = 0; l < s.used(g); ++l)
+      for (int64_t v = 0; v < S; ++v) s.index[(s.row(t, g) + l) * S + v] = s.classes[(g * S + v) * kLanes + l];
+}
+
 void walk(Scan& s, int threads) {
   const bool closed = !s.policy.layers.empty();
   for (int64_t g = 0; g < s.groups; ++g) {
@@ -360,7 +370,7 @@ void walk(Scan& s, int threads) {
   for (int64_t t = 0; t < s.T; ++t) {
     run.layers(s.policy, Phase::kPolicy, Phase::kLeavePolicy, t);
     if (closed) run(Phase::kAct, t, 1);
-    run(Phase::kInputs, t, count(s.in_tiles));
+    run(Phase::kInputs, t, count(s.in_tiles), 0, kSlice / kTile);
     leave_inputs(s, run, Phase::kLeaveInputs, t);
     if (s.cell == Cell::kGru) {
       run(Phase::kGru, t, count(s.deter_tiles));
@@ -374,6 +384,7 @@ void walk(Scan& s, int threads) {
     }
     run.layers(s.state, Phase::kState, Phase::kLeaveState, t);
     run(Phase::kSample, t, (s.state.statistics + s.unit_size - 1) / s.unit_size);
+    if (s.C > 0) put_classes(s, t);
     std::swap(s.previous, s.next_previous);
   }
 }

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from phyxdream.ops import rssm_cells, rssm_cpu
+from phyxdream.ops import rssm_cpu
 from phyxdream.ops.rssm_cells import (
     BlockGRUWeights,
     CellWeights,
@@ -57,7 +57,7 @@ def forward(
         **_common(outputs, tensors, cell, posterior, options),
         "state_first_rows": embeds,
         "action": _scaled_action(cell, action, is_first)[0],
-        "noise": rssm_cells.arrival_times(noise) if len(latent) == 2 else noise,
+        "noise": noise,
         "stoch_first": first_stoch,
         "stoch_start": start,
         "initial_stoch": initial_stoch,
