@@ -85,7 +85,7 @@ void matmul_block(const Operand& a, const Operand& b, int64_t terms, float* c, i
   static const auto panel_times = has_wide_registers() ? multiply_panel_wide : multiply_panel_narrow;
   const int64_t chunks = ceil_div(a.rows, kChunk), wides = ceil_div(tiles, kWide);
   // Few rows: a chunk is shared, each thread laying it out for its own columns.
-  const int64_t shares = std::clamp<int64_t>(4 * threads / chunks, 1, ceil_div(wides, 4));
+  const int64_t shares = std::clamp<int64_t>(ceil_div(4 * threads, chunks), 1, ceil_div(wides, 4));
   const int64_t share = ceil_div(wides, shares);
   parallel_for(chunks * shares, 1, threads, [&](int64_t from, int64_t to) {
     static thread_local const Floats panels(kChunk * kStretch);

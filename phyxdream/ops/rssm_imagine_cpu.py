@@ -154,7 +154,7 @@ def backward(
     rssm_cpu.call("rssm_scan_backward", arguments)
 
     start = stoch.reshape(B, -1)
-    before = torch.cat([deter.unsqueeze(0), deter_out[:-1]]).reshape(rows, D)
+    before = rssm_cpu.states_before(deter, deter_out)
 
     def stoch_product(grad):
         """The gradient (U, Z) of a weight that read z, from rows (H·B, U)."""
