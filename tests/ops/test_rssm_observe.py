@@ -533,7 +533,7 @@ def check_what_else_triton_takes_in_the_interpreter():
     assert_same(triton_run(case, "tile"), expected)  # nothing crosses a reset
 
     for name in list(case.cell):
-        if name.endswith("_bias") and name not in op._NEEDED:
+        if name.endswith("_bias") and name not in NEEDED:
             case.cell[name] = None
     case.tensors = {k: x.nan_to_num().movedim(0, -1).contiguous().movedim(-1, 0) for k, x in case.tensors.items()}
     assert_same(triton_run(case, "tile"), case.run("reference"))  # no biases, other strides
