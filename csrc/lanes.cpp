@@ -130,6 +130,16 @@ PHYX_MULTIVERSION void pack_rows(float* to, int64_t width, const float* from, in
   }
 }
 
+PHYX_MULTIVERSION void from_rows(float* tile, const float* rows, int64_t stride, int lanes, int features) {
+  transpose(tile, kLanes, rows, stride, lanes, features);
+  for (int f = 0; lanes < kLanes && f < features; ++f)
+    for (int l = lanes; l < kLanes; ++l) tile[f * kLanes + l] = 0.0f;
+}
+
+PHYX_MULTIVERSION void to_rows(float* rows, int64_t stride, int lanes, const float* tile, int features) {
+  transpose(rows, stride, tile, kLanes, features, lanes);
+}
+
 void Panels::pack(float* to, const float* from, int count, int64_t inputs, int64_t output, int64_t input) {
   pack_rows(to, kTile, from, output, input, count, inputs);
 }

@@ -98,16 +98,18 @@ const Multiply& multiply();  // by the registers this processor has
 
 // Rows (lanes, features) with `stride` floats from lane to lane, to a tile (features, lanes) and back. Lanes beyond
 // `lanes` read as 0 and are not written.
-PHYX_INLINE void from_rows(float* tile, const float* rows, int64_t stride, int lanes, int features) {
-  for (int l = 0; l < lanes; ++l)
-    for (int f = 0; f < features; ++f) tile[f * kLanes + l] = rows[l * stride + f];
-  for (int l = lanes; l < kLanes; ++l)
-    for (int f = 0; f < features; ++f) tile[f * kLanes + l] = 0.0f;
-}
+void from_rows(float* tile, const float* rows, int64_t stride, int lanes, int features);
+void to_rows(float* rows, int64_t stride, int lanes, const float* tile, int features);
 
-PHYX_INLINE void to_rows(float* rows, int64_t stride, int lanes, const float* tile, int features) {
+// Asks for rows that are needed soon: one below the other they lie on different pages, where no hardware looks ahead.
+PHYX_INLINE void prefetch_rows(const float* rows, int64_t stride, int lanes, int64_t features) {
+#if defined(__GNUC__)
+  constexpr int64_t line = 16;
   for (int l = 0; l < lanes; ++l)
-    for (int f = 0; f < features; ++f) rows[l * stride + f] = tile[f * kLanes + l];
+    for (int64_t f = 0; f < features; f += line) __builtin_prefetch(rows + l * stride + f);
+#else
+  (void)rows, (void)stride, (void)lanes, (void)features;
+#endif
 }
 
 // Functions of one element for loops over lanes; errors are some units of the last place.

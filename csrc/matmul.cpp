@@ -19,7 +19,7 @@ namespace {
 
 constexpr int kPanel = 8;            // rows of A summed at once
 constexpr int kWide = 2;             // tiles of 16 rows of B beside each other
-constexpr int64_t kStretch = 256;    // terms: 32 KB of B and 8 KB of A
+constexpr int64_t kStretch = 240;    // terms: 30 KB of B and 8 KB of A; not 256, since 8 KB apart all panels share sets
 constexpr int64_t kChunk = 128;      // rows of A that a thread lays out: 128 KB
 constexpr int64_t kTerms = 2048;     // terms of a block of B
 constexpr int64_t kBlock = 1 << 20;  // its floats
@@ -85,7 +85,7 @@ void matmul_block(const Operand& a, const Operand& b, int64_t terms, float* c, i
   static const auto panel_times = has_wide_registers() ? multiply_panel_wide : multiply_panel_narrow;
   const int64_t chunks = ceil_div(a.rows, kChunk), wides = ceil_div(tiles, kWide);
   // Few rows: a chunk is shared, each thread laying it out for its own columns.
-  const int64_t shares = std::clamp<int64_t>(4 * threads / chunks, 1, ceil_div(wides, 4));
+  const int64_t shares = std::clamp<int64_t>(ceil_div(4 * threads, chunks), 1, ceil_div(wides, 4));
   const int64_t share = ceil_div(wides, shares);
   parallel_for(chunks * shares, 1, threads, [&](int64_t from, int64_t to) {
     static thread_local const Floats panels(kChunk * kStretch);

@@ -72,6 +72,11 @@ PHYX_MULTIVERSION void backward_statistics(const Scan& s, int64_t t, int64_t beg
   const Multiply& m = multiply();
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t low = unit * s.unit_size, high = std::min(s.Z, low + s.unit_size);
+    for (int64_t g = 0; s.C > 0 && g < s.groups; ++g) {
+      for (const float* rows : {s.grad_stoch, s.grad_stat, static_cast<const float*>(s.state.stat_rows)})
+        if (rows) prefetch_rows(rows + s.row(t, g) * s.Z + low, s.Z, s.used(g), high - low);
+      prefetch_tape(s, s.state.tape + low, static_cast<int>(high - low), t, g, 1);
+    }
     for (int64_t i = low / kTile; i * kTile < high; ++i)
       for (int64_t g = 0; g < s.groups; g += 2) {
         const int64_t pair = std::min<int64_t>(2, s.groups - g);
@@ -102,6 +107,7 @@ PHYX_MULTIVERSION void backward_layer(const Scan& s, const Layer& layer, const P
   for (int64_t i = begin; i < end; ++i)
     for (int64_t g = 0; g < s.groups; g += 2) {
       const int64_t pair = std::min<int64_t>(2, s.groups - g);
+      prefetch_tape(s, layer.tape + layer.tiles[i].start, layer.tiles[i].count, t, g, pair);
       Block block;
       for (int64_t j = 0; j < pair; ++j) fill(block[j], nullptr, 0);
       multiply_into(block, m, panels, first_panel + i, grad, layer.tiles[i].block * inputs_per_block, g, pair);
@@ -146,9 +152,15 @@ PHYX_MULTIVERSION void backward_update(const Scan& s, int64_t t, int64_t begin, 
   const Multiply& m = multiply();
   for (int64_t i = begin; i < end; ++i) {
     const Tile& tile = s.deter_tiles[i];
-    const int count = tile.count;
+    const int count = tile.count, kinds = s.cell == Cell::kGru ? 4 : 3;
     for (int64_t g = 0; g < s.groups; g += 2) {
       const int64_t pair = std::min<int64_t>(2, s.groups - g);
+      for (int k = 0; k < kinds; ++k) prefetch_tape(s, s.gates_tape + k * s.D + tile.start, count, t, g, pair);
+      for (int64_t j = 0; j < pair; ++j) {
+        const int64_t before = s.row(t - (t > 0), g + j) * s.D + tile.start;
+        prefetch_rows(s.deter_out + before, s.D, s.used(g + j), count);
+        if (s.grad_deter) prefetch_rows(s.grad_deter + s.row(t, g + j) * s.D + tile.start, s.D, s.used(g + j), count);
+      }
       Block block;
       for (int64_t j = 0; j < pair; ++j) {
         fill(block[j], nullptr, 0);
@@ -162,7 +174,6 @@ PHYX_MULTIVERSION void backward_update(const Scan& s, int64_t t, int64_t begin, 
           for (int k = 0; k < count * kLanes; ++k) block[j][k] += gate[0][k];
         }
         load_previous(s, previous, tile, t, g + j);
-        const int kinds = s.cell == Cell::kGru ? 4 : 3;
         for (int k = 0; k < kinds; ++k) {
           const float* kept = s.tape_at(t, g + j, s.gates_tape + k * s.D + tile.start);
           if (s.cell == Cell::kLayerNorm)

@@ -1,5 +1,7 @@
 // The phases of a scan's steps. Multiversioned functions must have external linkage and be no templates; everything else
 // is inlined into them.
+#include <limits>
+
 #include "rssm_layers.h"
 
 namespace phyx {
@@ -75,6 +77,7 @@ PHYX_MULTIVERSION void forward_head(const Scan& s, const Head& head, const HeadW
     const Tile& tile = layer.tiles[i];
     for (int64_t g = 0; g < s.groups; g += 2) {
       const int64_t pair = std::min<int64_t>(2, s.groups - g);
+      prefetch_tape(s, layer.tape + tile.start, tile.count, t, g, pair);
       Block block;
       for (int64_t j = 0; j < pair; ++j) {
         fill(block[j], layer.bias ? layer.bias + tile.start : nullptr, tile.count);
@@ -111,10 +114,16 @@ PHYX_INLINE void forward_statistics(const Head& head, const HeadWeights& weights
 // ---------------------------------------------------------------------------------------------------------------------
 // Samples.
 
-// Softmax, unimix, and the class that arrives first, argmin(time / p), of every lane. `times` are rows (B, stride).
+// Uniform noise as an exponential time (`rssm_cells.arrival_times`); what is not positive never arrives.
+PHYX_INLINE float arrival_time(float noise) {
+  const float time = -vec_log(noise);
+  return noise > 0.0f ? std::max(time, std::numeric_limits<float>::min()) : std::numeric_limits<float>::infinity();
+}
+
+// Softmax, unimix, and the class that arrives first, argmin(time / p), of every lane. The noise is in rows (B, stride).
 PHYX_INLINE void draw_class(int32_t* winner, float* __restrict p, const float* __restrict logits, int64_t C,
                             float unimix, const float* rows, int64_t stride, int used) {
-  float peak[kLanes], sum[kLanes] = {}, best[kLanes], times[kTile * kLanes];
+  float peak[kLanes], sum[kLanes] = {}, best[kLanes], noise[kTile * kLanes];
   for (int l = 0; l < kLanes; ++l) {
     peak[l] = logits[l];
     winner[l] = 0;
@@ -126,11 +135,11 @@ PHYX_INLINE void draw_class(int32_t* winner, float* __restrict p, const float* _
   const float uniform = 1.0f / static_cast<float>(C);
   for (int64_t c0 = 0; c0 < C; c0 += kTile) {
     const int count = static_cast<int>(std::min<int64_t>(kTile, C - c0));
-    from_rows(times, rows + c0, stride, used, count);
+    from_rows(noise, rows + c0, stride, used, count);
     for (int c = 0; c < count; ++c)
       for (int l = 0; l < kLanes; ++l) {
         const float share = p[(c0 + c) * kLanes + l] /= sum[l];
-        const float time = times[c * kLanes + l] / (share + unimix * (uniform - share));
+        const float time = arrival_time(noise[c * kLanes + l]) / (share + unimix * (uniform - share));
         const bool sooner = (c0 + c == 0) || time < best[l];
         winner[l] = sooner ? static_cast<int32_t>(c0 + c) : winner[l];
         best[l] = sooner ? time : best[l];
@@ -139,15 +148,14 @@ PHYX_INLINE void draw_class(int32_t* winner, float* __restrict p, const float* _
 }
 
 PHYX_INLINE void sample_class(const Scan& s, int64_t variable, int64_t t, int64_t g) {
-  const int64_t C = s.C, start = variable * C, S = s.Z / C;
-  int32_t winner[kLanes];
+  const int64_t C = s.C, start = variable * C;
+  int32_t* winner = s.classes + (g * (s.Z / C) + variable) * kLanes;
   draw_class(winner, s.tape_at(t, g, s.state.tape + start), s.state.stat.at(g, start), C, s.unimix,
              s.noise + s.row(t, g) * s.Z + start, s.Z, s.used(g));
   for (int l = 0; l < s.used(g); ++l) {
-    s.index[(s.row(t, g) + l) * S + variable] = winner[l];
     float* onehot = s.stoch_out + (s.row(t, g) + l) * s.Z + start;
-    std::memset(onehot, 0, sizeof(float) * C);
-    onehot[winner[l]] = 1.0f;
+    const int32_t one = winner[l];
+    for (int32_t c = 0; c < C; ++c) onehot[c] = c == one ? 1.0f : 0.0f;
   }
 }
 
@@ -173,6 +181,12 @@ PHYX_MULTIVERSION void forward_sample(const Scan& s, int64_t t, int64_t begin, i
   const int64_t statistics = s.state.statistics;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t low = unit * s.unit_size, high = std::min(statistics, low + s.unit_size);
+    for (int64_t g = 0; s.C > 0 && g < s.groups; ++g) {
+      const int64_t at = s.row(t, g) * s.Z + low;
+      for (const float* rows : {s.noise, static_cast<const float*>(s.stat_out), static_cast<const float*>(s.stoch_out)})
+        prefetch_rows(rows + at, s.Z, s.used(g), high - low);
+      prefetch_tape(s, s.state.tape + low, static_cast<int>(high - low), t, g, 1);
+    }
     for (int64_t i = low / kTile; i * kTile < high; ++i) {
       const Tile& tile = s.state.tiles[i];
       for (int64_t g = 0; g < s.groups; g += 2) {
@@ -262,6 +276,7 @@ PHYX_MULTIVERSION void forward_inputs(const Scan& s, int64_t t, int64_t begin, i
     const Tile& tile = layer.tiles[local];
     for (int64_t g = 0; g < s.groups; g += 2) {
       const int64_t pair = std::min<int64_t>(2, s.groups - g);
+      prefetch_tape(s, layer.tape + tile.start, tile.count, t, g, pair);
       Block block;
       for (int64_t j = 0; j < pair; ++j) fill(block[j], layer.bias ? layer.bias + tile.start : nullptr, tile.count);
       if (part == s.stoch_part) {
@@ -286,6 +301,7 @@ PHYX_MULTIVERSION void forward_mix(const Scan& s, int64_t t, int64_t begin, int6
     const Tile& tile = s.mix.tiles[i];
     for (int64_t g = 0; g < s.groups; g += 2) {
       const int64_t pair = std::min<int64_t>(2, s.groups - g);
+      prefetch_tape(s, s.mix.tape + tile.start, tile.count, t, g, pair);
       Block block;
       for (int64_t j = 0; j < pair; ++j) fill(block[j], s.mix.bias ? s.mix.bias + tile.start : nullptr, tile.count);
       multiply_into(block, m, s.weights->mix_deter, i, s.previous, tile.block * s.weights->mix_deter.inputs, g, pair);
@@ -322,6 +338,7 @@ PHYX_MULTIVERSION void forward_gru(const Scan& s, int64_t t, int64_t begin, int6
     const Tile& tile = s.deter_tiles[i];
     for (int64_t g = 0; g < s.groups; g += 2) {
       const int64_t pair = std::min<int64_t>(2, s.groups - g);
+      for (int k = 0; k < 4; ++k) prefetch_tape(s, s.gates_tape + k * s.D + tile.start, tile.count, t, g, pair);
       Block gate[3], hidden;  // reset, update, new; and the new gate's part of h
       for (int k = 0; k < 3; ++k)
         for (int64_t j = 0; j < pair; ++j) fill(gate[k][j], s.input_bias + k * s.D + tile.start, tile.count);
@@ -359,6 +376,7 @@ PHYX_MULTIVERSION void forward_gates(const Scan& s, int64_t t, int64_t begin, in
   for (int64_t i = begin; i < end; ++i)
     for (int64_t g = 0; g < s.groups; g += 2) {
       const int64_t pair = std::min<int64_t>(2, s.groups - g);
+      prefetch_tape(s, s.gates.tape + s.gates.tiles[i].start, s.gates.tiles[i].count, t, g, pair);
       Block block;
       for (int64_t j = 0; j < pair; ++j) fill(block[j], nullptr, 0);
       multiply_into(block, m, s.weights->gates_x, i, s.in[0].out, 0, g, pair);
@@ -393,6 +411,7 @@ PHYX_MULTIVERSION void forward_block_gates(const Scan& s, int64_t t, int64_t beg
     const Tile& tile = s.deter_tiles[i];
     for (int64_t g = 0; g < s.groups; g += 2) {
       const int64_t pair = std::min<int64_t>(2, s.groups - g);
+      for (int k = 0; k < 3; ++k) prefetch_tape(s, s.gates_tape + k * s.D + tile.start, tile.count, t, g, pair);
       Block gate[3];
       for (int k = 0; k < 3; ++k) {
         const float* bias = s.gates_bias + (2 * tile.block + k) * size + tile.start;  // block order: (G, 3, D/G)

@@ -58,10 +58,19 @@ PHYX_INLINE void activate_rows(Act act, float* out, const float* u, int count) {
   PHYX_BY_ACT(activate_all, act, out, u, count * kLanes)
 }
 
+// The activated values again, and the gradient of what was activated: both need the same exponential.
 template <Act kAct>
-PHYX_INLINE void slope_all(float* __restrict grad, const float* __restrict values, const float* __restrict u,
-                           int size) {
-  for (int i = 0; i < size; ++i) grad[i] = values[i] * slope<kAct>(u[i]);
+PHYX_INLINE void slope_all(float* __restrict grad, float* __restrict out, const float* __restrict values,
+                           const float* __restrict u, int size) {
+  for (int i = 0; i < size; ++i) {
+    out[i] = activate<kAct>(u[i]);
+    grad[i] = values[i] * slope<kAct>(u[i]);
+  }
+}
+
+// Before the products of a tile: by their end, the part of the tape that comes next has arrived.
+PHYX_INLINE void prefetch_tape(const Scan& s, int64_t row, int count, int64_t t, int64_t g, int64_t pair) {
+  for (int64_t j = 0; j < pair; ++j) prefetch_rows(s.tape_at(t, g + j, row), kLanes, count, kLanes);
 }
 
 // A tile of a layer before its norm: to the tape, its sums for the norm, or at once through the activation.
@@ -153,11 +162,9 @@ PHYX_INLINE void enter_backward(const Scan& s, const Layer& layer, int64_t i, co
   float u[kTile * kLanes], y[kTile * kLanes];
   affine(u, n, layer, tile.start, tile.count);
   float* grad = layer.grad.at(g, tile.start);
-  PHYX_BY_ACT(slope_all, layer.act, grad, values, u, tile.count * kLanes)
-  if (layer.out_rows) {
-    activate_rows(layer.act, y, u, tile.count);
+  PHYX_BY_ACT(slope_all, layer.act, grad, y, values, u, tile.count * kLanes)
+  if (layer.out_rows)
     to_rows(layer.out_rows + s.row(t, g) * layer.row_size + tile.start, layer.row_size, s.used(g), y, tile.count);
-  }
   if (!layer.gain) return put_grad_rows(s, layer, tile, grad, t, g);
   if (layer.gain_sum.get()) {
     const int64_t start = (g / kUnit * layer.size + tile.start) * kLanes;

@@ -6,6 +6,7 @@
 
 #include "bindings.h"
 #include "rssm_layers.h"
+#include "vector.h"
 
 namespace py = pybind11;
 
@@ -175,10 +176,12 @@ void set_up(Scan& s, const Arguments& a, const Weights& weights, int64_t groups,
         {"initial_stoch", &s.initial_stoch}, {"input_bias", &s.input_bias}, {"hidden_bias", &s.hidden_bias},
         {"gates_bias", &s.gates_bias}})
     *to = a.address(name);
-  if (s.C > 0)
+  if (s.C > 0) {
     s.stoch_sum = lanes(s, s.U);
-  else
+    s.classes = reinterpret_cast<int32_t*>(lanes(s, s.Z / s.C).data);
+  } else {
     s.stoch_lanes = lanes(s, s.Z);
+  }
   if (s.C > 0 && closed) s.policy.stoch_sum = lanes(s, s.policy.layers[0].size);
   s.deter = lanes(s, s.D);
   s.previous = lanes(s, s.D);
@@ -304,9 +307,10 @@ class Runner {
  public:
   Runner(const Scan& s, PhaseFunction function, int threads) : s_(s), function_(function), threads_(threads) {}
 
-  // `grain` tiles at a time, so that threads which start late or are interrupted leave the rest to others.
-  void operator()(Phase phase, int64_t t, int64_t tiles, int64_t layer = 0) const {
-    const int64_t grain = std::max<int64_t>(1, (tiles + 3 * threads_ - 1) / (3 * threads_));
+  // `grain` tiles at a time, a multiple of `unit`, so that threads which start late or are interrupted leave the rest to
+  // others.
+  void operator()(Phase phase, int64_t t, int64_t tiles, int64_t layer = 0, int64_t unit = 1) const {
+    const int64_t share = 3 * threads_ * unit, grain = std::max<int64_t>(1, (tiles + share - 1) / share) * unit;
     parallel_for(tiles, grain, threads_, [&](int64_t begin, int64_t end) {
       function_(&s_, phase, layer, t, begin, end);
     });
@@ -347,6 +351,13 @@ void enter_block(Scan& s, int64_t block, int64_t groups) {
     }
 }
 
+void put_classes(const Scan& s, int64_t t) {
+  const int64_t S = s.Z / s.C;
+  for (int64_t g = 0; g < s.groups; ++g)
+    for (int l = 0; l < s.used(g); ++l)
+      for (int64_t v = 0; v < S; ++v) s.index[(s.row(t, g) + l) * S + v] = s.classes[(g * S + v) * kLanes + l];
+}
+
 void walk(Scan& s, int threads) {
   const bool closed = !s.policy.layers.empty();
   for (int64_t g = 0; g < s.groups; ++g) {
@@ -360,7 +371,7 @@ void walk(Scan& s, int threads) {
   for (int64_t t = 0; t < s.T; ++t) {
     run.layers(s.policy, Phase::kPolicy, Phase::kLeavePolicy, t);
     if (closed) run(Phase::kAct, t, 1);
-    run(Phase::kInputs, t, count(s.in_tiles));
+    run(Phase::kInputs, t, count(s.in_tiles), 0, kSlice / kTile);
     leave_inputs(s, run, Phase::kLeaveInputs, t);
     if (s.cell == Cell::kGru) {
       run(Phase::kGru, t, count(s.deter_tiles));
@@ -374,6 +385,7 @@ void walk(Scan& s, int threads) {
     }
     run.layers(s.state, Phase::kState, Phase::kLeaveState, t);
     run(Phase::kSample, t, (s.state.statistics + s.unit_size - 1) / s.unit_size);
+    if (s.C > 0) put_classes(s, t);
     std::swap(s.previous, s.next_previous);
   }
 }
@@ -495,31 +507,66 @@ void backward(const py::dict& arguments) {
 
 }  // namespace
 
-PHYX_MULTIVERSION void add_rows_of_classes(float* to, const float* grad, int64_t row, int64_t count, int64_t size,
-                                           const int32_t* index, int64_t S, int64_t C, const uint8_t* left_out,
-                                           int64_t begin, int64_t end) {
+namespace {
+
+template <int64_t kWidth>  // or 0: `some`
+PHYX_INLINE void add_rows(float* __restrict table, int64_t some, const float* grad, int64_t row, int64_t count,
+                          const int32_t* index, int64_t S, int64_t C, const uint8_t* left_out) {
+  const int64_t width = kWidth ? kWidth : some;
   for (int64_t n = 0; n < count; ++n) {
     if (left_out && left_out[n]) continue;
     const float* __restrict from = grad + n * row;
     for (int64_t v = 0; v < S; ++v) {
-      float* __restrict sum = to + (v * C + index[n * S + v]) * size;
-      for (int64_t i = begin; i < end; ++i) sum[i] += from[i];
+      float* __restrict sum = table + (v * C + index[n * S + v]) * width;
+      for (int64_t i = 0; i < width; ++i) sum[i] += from[i];
     }
   }
 }
 
+}  // namespace
+
+// table (S·C, width) += onehotᵀ grad, whose rows are `row` floats apart; to (width, S·C) is then its transpose.
+PHYX_MULTIVERSION void add_rows_of_classes(float* table, int64_t width, const float* grad, int64_t row, int64_t count,
+                                           const int32_t* index, int64_t S, int64_t C, const uint8_t* left_out,
+                                           float* to) {
+  if (width == kSlice)
+    add_rows<kSlice>(table, width, grad, row, count, index, S, C, left_out);
+  else
+    add_rows<0>(table, width, grad, row, count, index, S, C, left_out);
+  transpose(to, S * C, table, width, static_cast<int>(S * C), static_cast<int>(width));
+}
+
 namespace {
 
-// to (S·C, size) += onehotᵀ grad: of a weight that reads z. grad: (address, rows, size, stride of rows); index (rows, S)
+// to (size, S·C) = gradᵀ onehot: of a weight that reads z. grad: (address, rows, size, stride of rows); index (rows, S)
 // says which classes are one, but where `left_out` (rows,).
 void one_hot_product(uintptr_t to, py::tuple grad, uintptr_t index, int64_t S, int64_t C, uintptr_t left_out,
                      int threads) {
   const auto* from = reinterpret_cast<const float*>(grad[0].cast<uintptr_t>());
   const auto count = grad[1].cast<int64_t>(), size = grad[2].cast<int64_t>(), row = grad[3].cast<int64_t>();
   py::gil_scoped_release release;
-  parallel_for(size, 128, threads, [&](int64_t begin, int64_t end) {
-    add_rows_of_classes(reinterpret_cast<float*>(to), from, row, count, size, reinterpret_cast<const int32_t*>(index),
-                        S, C, reinterpret_cast<const uint8_t*>(left_out), begin, end);
+  parallel_for((size + kSlice - 1) / kSlice, 1, threads, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t begin = i * kSlice, width = std::min(kSlice, size - begin);
+      const Floats table = zeros(S * C * width);
+      add_rows_of_classes(table.get(), width, from + begin, row, count, reinterpret_cast<const int32_t*>(index), S, C,
+                          reinterpret_cast<const uint8_t*>(left_out), reinterpret_cast<float*>(to) + begin * S * C);
+    }
+  });
+}
+
+// to (T, B, D): what every step started from, the result (T, B, D) of the one before or, at first, `deter` (B, D); or
+// `initial` (D,) where `is_first` (T, B).
+void states_before(uintptr_t to, uintptr_t deter, uintptr_t result, uintptr_t is_first, uintptr_t initial, int64_t T,
+                   int64_t B, int64_t D, int threads) {
+  const auto at = [](uintptr_t address) { return reinterpret_cast<const float*>(address); };
+  const auto* first = reinterpret_cast<const uint8_t*>(is_first);
+  py::gil_scoped_release release;
+  parallel_for(T * B, 64, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const float* before = n < B ? at(deter) + n * D : at(result) + (n - B) * D;
+      std::memcpy(reinterpret_cast<float*>(to) + n * D, first && first[n] ? at(initial) : before, sizeof(float) * D);
+    }
   });
 }
 
@@ -529,6 +576,7 @@ void bind_rssm_scan(py::module_& module) {
   module.def("rssm_scan_forward", &forward);
   module.def("rssm_scan_backward", &backward);
   module.def("one_hot_product", &one_hot_product);
+  module.def("states_before", &states_before);
 }
 
 }  // namespace phyx

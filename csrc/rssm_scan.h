@@ -122,7 +122,7 @@ struct Scan {
   const float *input_bias, *hidden_bias, *gates_bias;
   const uint8_t* is_first;
   float *actions, *deter_out, *stoch_out, *stat_out;
-  int32_t* index;
+  int32_t *index, *classes;  // (T, B, S), and those of one step (groups, S, lanes): threads never write into one line
   const float *grad_deter, *grad_stoch, *grad_stat, *grad_action;
   float *gate_rows, *hidden_gate_rows, *grad_deter_first;
 

@@ -1,7 +1,8 @@
 """What surrounds the C++ of the scans `rssm_observe` and `rssm_imagine`: memory, and what does not recur.
 
 csrc/rssm_scan.cpp walks the steps. Before it, what does not depend on the state is one product for all steps; after it,
-the gradient of every weight is one product of rows (T·B) that it wrote.
+the gradient of every weight is one product of rows (T·B) that it wrote. What touches all rows is ours, not torch's: for
+milliseconds after its own work, a thread of OpenMP spins on a core that the next product could use.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def one_hot_product(grad: Tensor, index: Tensor, classes: int, left_out: Tensor 
 
     Rows where `left_out` (N,) is true had another z.
     """
-    result = grad.new_zeros(index.shape[1] * classes, grad.shape[1])
+    result = grad.new_empty(grad.shape[1], index.shape[1] * classes)
     left_out = None if left_out is None else left_out.contiguous()
     backend.extension.one_hot_product(
         result.data_ptr(),
@@ -123,7 +124,24 @@ def one_hot_product(grad: Tensor, index: Tensor, classes: int, left_out: Tensor 
         0 if left_out is None else left_out.data_ptr(),
         torch.get_num_threads(),
     )
-    return result.t().contiguous()
+    return result
+
+
+def summed(grad: Tensor) -> Tensor:
+    """The sum (N,) of rows (T·B, N)."""
+    return product(grad.t(), grad.new_ones(1, grad.shape[0])).view(-1)
+
+
+def states_before(
+    deter: Tensor, deter_out: Tensor, is_first: Tensor | None = None, initial_deter: Tensor | None = None
+) -> Tensor:
+    """Rows (T·B, D) of what every step started from: `initial_deter` where `is_first`, else the state before."""
+    T, B, D = deter_out.shape
+    result = deter_out.new_empty(T * B, D)
+    held = [None if x is None else x.contiguous() for x in (deter, deter_out, is_first, initial_deter)]
+    addresses = [0 if x is None else x.data_ptr() for x in held]
+    backend.extension.states_before(result.data_ptr(), *addresses, T, B, D, torch.get_num_threads())
+    return result
 
 
 def arguments(
@@ -262,22 +280,22 @@ class CellBackward:
             deter_grad = lambda: self.in_grad[:, :U]  # noqa: E731
             makers |= {
                 "in_deter": lambda: product(deter_grad().t(), before.t()),
-                "in_deter_bias": lambda: deter_grad().sum(0),
-                "in_stoch_bias": lambda: self.stoch_grad.sum(0),
-                "in_action_bias": lambda: self.action_grad.sum(0),
+                "in_deter_bias": lambda: summed(deter_grad()),
+                "in_stoch_bias": lambda: summed(self.stoch_grad),
+                "in_action_bias": lambda: summed(self.action_grad),
                 "mix_deter": lambda: _block_product(before, self.mix_grad, size, size),
                 "mix_inputs": lambda: product(self.mix_grad.t(), self.in_out.t()),
-                "mix_bias": lambda: self.mix_grad.sum(0),
+                "mix_bias": lambda: summed(self.mix_grad),
                 "gates": lambda: _block_product(self.mix_out, self.gate_grad, size, 3 * size),
-                "gates_bias": lambda: self.gate_grad.sum(0),
+                "gates_bias": lambda: summed(self.gate_grad),
             }
         else:
             makers |= {
-                "in_bias": lambda: self.in_grad.sum(0),
+                "in_bias": lambda: summed(self.in_grad),
                 "input_gates": lambda: product(self.gate_grad.t(), self.in_out.t()),
                 "hidden_gates": lambda: product(self.hidden_gate_grad.t(), before.t()),
-                "input_bias": lambda: self.gate_grad.sum(0),
-                "hidden_bias": lambda: self.hidden_gate_grad.sum(0),
+                "input_bias": lambda: summed(self.gate_grad),
+                "hidden_bias": lambda: summed(self.hidden_gate_grad),
                 "gates": lambda: products(self.gate_grad, self.in_out, before),
             }
         return {**self.affine, **{name: make() for name, make in makers.items() if name in self.wanted}}
@@ -328,12 +346,12 @@ class HeadBackward:
             if wants.weight:
                 weight = first(grad) if i == 0 else product(grad.t(), self.outs[i - 1].t())
             sums = self.affine[i]
-            bias = grad.sum(0) if wants.bias else None
+            bias = summed(grad) if wants.bias else None
             layers.append(LayerWeights(weight, bias, sums.get("gain"), sums.get("shift")))
         return HeadWeights(
             tuple(layers),
             product(self.statistics.t(), self.outs[-1].t()) if self.wanted.out_weight else None,
-            self.statistics.sum(0) if self.wanted.out_bias else None,
+            summed(self.statistics) if self.wanted.out_bias else None,
         )
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from phyxdream.ops import rssm_cells, rssm_cpu
+from phyxdream.ops import rssm_cpu
 from phyxdream.ops.rssm_cells import POLICIES, BlockGRUWeights, CellWeights, HeadWeights, Options
 from phyxdream.ops.rssm_cpu import product
 
@@ -62,11 +62,10 @@ def forward(
     if policy is None:
         arguments["action"] = _clipped(cell, action)
     else:
-        one_hot = policy_options.dist == "categorical"
-        arguments["action_noise"] = rssm_cells.arrival_times(action) if one_hot else action
+        arguments["action_noise"] = action
         # What z brings to its layers at the first step, where it may be anything.
         arguments["policy_stoch_first"] = product(stoch, policy.layers[0].weight[:, D:]) if categorical else None
-    arguments["noise"] = rssm_cells.arrival_times(noise) if categorical else noise
+    arguments["noise"] = noise
     arguments["stoch_first"] = product(stoch, cell.in_stoch) if categorical else stoch
     rssm_cpu.call("rssm_scan_forward", arguments)
     return outputs
@@ -155,7 +154,7 @@ def backward(
     rssm_cpu.call("rssm_scan_backward", arguments)
 
     start = stoch.reshape(B, -1)
-    before = torch.cat([deter.unsqueeze(0), deter_out[:-1]]).reshape(rows, D)
+    before = rssm_cpu.states_before(deter, deter_out)
 
     def stoch_product(grad):
         """The gradient (U, Z) of a weight that read z, from rows (H·B, U)."""

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from phyxdream.ops import rssm_cells, rssm_cpu
+from phyxdream.ops import rssm_cpu
 from phyxdream.ops.rssm_cells import (
     BlockGRUWeights,
     CellWeights,
@@ -57,7 +57,7 @@ def forward(
         **_common(outputs, tensors, cell, posterior, options),
         "state_first_rows": embeds,
         "action": _scaled_action(cell, action, is_first)[0],
-        "noise": rssm_cells.arrival_times(noise) if len(latent) == 2 else noise,
+        "noise": noise,
         "stoch_first": first_stoch,
         "stoch_start": start,
         "initial_stoch": initial_stoch,
@@ -132,8 +132,7 @@ def backward(
     rssm_cpu.call("rssm_scan_backward", arguments)
 
     first = is_first.unsqueeze(-1)
-    before = torch.cat([deter.unsqueeze(0), deter_out[:-1]])
-    before = torch.where(first, initial_deter, before).reshape(rows, D)
+    before = rssm_cpu.states_before(deter, deter_out, is_first, initial_deter)
     scaled, scale = _scaled_action(cell, action, is_first)
 
     # Posterior.
@@ -143,7 +142,7 @@ def backward(
     found = head_back.gradients(lambda grad: rssm_cpu.products(grad, deters, embeds))
     posterior_grads = PosteriorWeights(
         in_weight=found.layers[0].weight,
-        in_bias=None if posterior.in_bias is None else posterior_grad.sum(0),
+        in_bias=None if posterior.in_bias is None else rssm_cpu.summed(posterior_grad),
         in_gain=found.layers[0].gain,
         in_shift=found.layers[0].shift,
         out_weight=found.out_weight,
@@ -152,11 +151,10 @@ def backward(
 
     # Where z came from: the step before, a reset, or, at the first step, the caller.
     stoch_grad = cell_back.stoch_grad
-    by_step = stoch_grad.unflatten(0, (T, B))
     start = initial_stoch.reshape(-1)
-    reset = torch.where(first, by_step, 0.0).sum((0, 1)).unsqueeze(0)
+    reset = stoch_grad[is_first.flatten()].sum(0, keepdim=True)
     grad_initial_stoch = product(reset, cell.in_stoch.t()).view(initial_stoch.shape)
-    kept = torch.where(first[0], 0.0, by_step[0])
+    kept = torch.where(first[0], 0.0, stoch_grad[:B])
     grad_stoch = product(kept, cell.in_stoch.t()).view(stoch.shape)
     if categorical:
         given = torch.cat([torch.where(first[0], 0.0, stoch.reshape(B, -1)), start.unsqueeze(0)])

@@ -412,6 +412,17 @@ def test_cpu_takes_min_std():
 
 
 @needs_extension
+def test_cpu_draws_the_same_classes_at_the_ends_of_the_noise():
+    case = Case(latent=(6, 5), T=3, B=20, dtype=torch.float32)
+    case.noise[case.noise < 0.3] = 0.0
+    case.noise[:, :, 0] = 0.0  # no class ever arrives
+    case.noise[:, :, 1, 2] = 1 - 2**-24  # arrives before all others
+    found = case.run("cpu")
+    assert_same(found, case.run("reference"))
+    assert (found["stoch"][:, :, 0, 0] == 1).all() and (found["stoch"][:, :, 1, 2] == 1).all()
+
+
+@needs_extension
 @pytest.mark.parametrize("kind", CELLS)
 def test_optional_biases_may_be_left_out(kind):
     case = Case(kind, dtype=torch.float32)
