@@ -4,7 +4,7 @@
     h_t = cell(h_{t-1}, z_{t-1}, a_t)                         statistics_t = posterior(h_t, embed_t)
     z_t ~ q(statistics_t), drawn by the given noise
 
-The equations of the cells are in phyxdream/ops/rssm_cells.py. C++ in csrc/rssm_observe.cpp, called by
+The equations of the cells are in phyxdream/ops/rssm_cells.py. C++ in csrc/rssm_scan.cpp, called by
 phyxdream/ops/rssm_observe_cpu.py; Triton in kernels/rssm_observe.py, called by phyxdream/ops/rssm_observe_triton.py.
 """
 
