@@ -42,8 +42,8 @@ SIZES = (
 )
 
 
-def multiplications(model: nn.RSSM) -> int:
-    """Of one posterior step of one sequence, in products with a matrix: of all weights but the prior's and those that
-    one-hot z multiplies, which pick rows."""
-    left_out = ("prior.", "cell.in_stoch.") if model.classes else ("prior.",)
+def multiplications(model: nn.RSSM, without: str = "prior") -> int:
+    """Of one posterior step of one sequence (or a prior step, `without` the posterior), in products with a matrix: of
+    all weights of these parts but those that one-hot z multiplies, which pick rows."""
+    left_out = (without, "cell.in_stoch.") if model.classes else (without,)
     return sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1 and not name.startswith(left_out))

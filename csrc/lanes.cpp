@@ -60,6 +60,65 @@ PHYX_INLINE void multiply_two_groups(const float* panel, int64_t inputs, const f
   }
 }
 
+// Rows of weights, `kRows` outputs at once: rows are often a multiple of 4 KB apart, where more would throw each other
+// out of the first cache. While some are summed, the next ones are fetched: each of them starts on a page of its own.
+template <int kRows>
+PHYX_INLINE void multiply_rows(const WeightTile& weights, int64_t inputs, const float* x, float* out) {
+  constexpr int64_t line = 16;
+  const auto* in = reinterpret_cast<const Vector*>(x);
+  const int64_t step = weights.input;
+  for (int first = 0; first < weights.count; first += kRows) {
+    const float* w[kRows];
+    for (int r = 0; r < kRows; ++r) w[r] = weights.data + std::min(first + r, weights.count - 1) * weights.output;
+    auto* to = reinterpret_cast<Vector*>(out) + first;
+    Vector sum[kRows];
+    for (int r = 0; r < kRows; ++r) sum[r] = to[r];
+    int64_t k = 0;
+    for (; step == 1 && k + line <= inputs; k += line) {
+#if defined(__GNUC__)
+      for (int r = 0; r < kRows; ++r) __builtin_prefetch(w[r] + kRows * weights.output + k);
+#endif
+      for (int64_t i = k; i < k + line; ++i) {
+        const Vector v = in[i];
+        for (int r = 0; r < kRows; ++r) sum[r] += w[r][i] * v;
+      }
+    }
+    for (; k < inputs; ++k) {
+      const Vector v = in[k];
+      for (int r = 0; r < kRows; ++r) sum[r] += w[r][k * step] * v;
+    }
+    for (int r = 0; r < kRows; ++r) to[r] = sum[r];
+  }
+}
+
+// Sixteen outputs side by side; meanwhile the next sixteen are fetched.
+template <int kRows>
+PHYX_INLINE void multiply_columns(const WeightTile& weights, int64_t inputs, const float* x, float* out) {
+  const auto* in = reinterpret_cast<const Vector*>(x);
+  for (int first = 0; first < kTile; first += kRows) {
+    auto* to = reinterpret_cast<Vector*>(out) + first;
+    Vector sum[kRows];
+    for (int r = 0; r < kRows; ++r) sum[r] = to[r];
+    const float* w = weights.data + first;
+    for (int64_t k = 0; k < inputs; ++k, w += weights.input) {
+      const Vector v = in[k];
+#if defined(__GNUC__)
+      if (first == 0) __builtin_prefetch(w + kTile);
+#endif
+      for (int r = 0; r < kRows; ++r) sum[r] += w[r] * v;
+    }
+    for (int r = 0; r < kRows; ++r) to[r] = sum[r];
+  }
+}
+
+template <int kRows, int kColumns>
+PHYX_INLINE void multiply_where(const WeightTile& weights, int64_t inputs, const float* x, float* out) {
+  if (weights.output == 1 && weights.count == kTile)
+    multiply_columns<kColumns>(weights, inputs, x, out);
+  else
+    multiply_rows<kRows>(weights, inputs, x, out);
+}
+
 }  // namespace
 
 // 32 registers of 16 floats, or 16 registers of 8: what is summed at once must leave room for the inputs.
@@ -70,6 +129,9 @@ PHYX_MULTIVERSION void multiply_two_wide(const float* panel, int64_t inputs, con
                                          float* out0, float* out1) {
   multiply_two_groups<8>(panel, inputs, x0, x1, out0, out1);
 }
+PHYX_MULTIVERSION void multiply_in_place_wide(const WeightTile& weights, int64_t inputs, const float* x, float* out) {
+  multiply_where<8, 16>(weights, inputs, x, out);
+}
 PHYX_MULTIVERSION void multiply_one_narrow(const float* panel, int64_t inputs, const float* x, float* out) {
   multiply_one_group<4>(panel, inputs, x, out);
 }
@@ -77,6 +139,11 @@ PHYX_MULTIVERSION void multiply_two_narrow(const float* panel, int64_t inputs, c
                                            float* out0, float* out1) {
   multiply_one_group<4>(panel, inputs, x0, out0);
   multiply_one_group<4>(panel, inputs, x1, out1);
+}
+
+PHYX_MULTIVERSION void multiply_in_place_narrow(const WeightTile& weights, int64_t inputs, const float* x,
+                                                float* out) {
+  multiply_where<4, 4>(weights, inputs, x, out);
 }
 
 bool has_wide_registers() {
@@ -89,7 +156,8 @@ bool has_wide_registers() {
 }
 
 const Multiply& multiply() {
-  static const Multiply wide{multiply_one_wide, multiply_two_wide}, narrow{multiply_one_narrow, multiply_two_narrow};
+  static const Multiply wide{multiply_one_wide, multiply_two_wide, multiply_in_place_wide};
+  static const Multiply narrow{multiply_one_narrow, multiply_two_narrow, multiply_in_place_narrow};
   return has_wide_registers() ? wide : narrow;
 }
 
@@ -140,8 +208,8 @@ PHYX_MULTIVERSION void to_rows(float* rows, int64_t stride, int lanes, const flo
   transpose(rows, stride, tile, kLanes, features, lanes);
 }
 
-void Panels::pack(float* to, const float* from, int count, int64_t inputs, int64_t output, int64_t input) {
-  pack_rows(to, kTile, from, output, input, count, inputs);
+void Panels::pack(float* to, const WeightTile& from, int64_t inputs) {
+  pack_rows(to, kTile, from.data, from.output, from.input, from.count, inputs);
 }
 
 }  // namespace phyx

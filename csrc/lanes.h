@@ -57,32 +57,46 @@ inline std::vector<Tile> tiles_of(int64_t size, int64_t blocks = 1) {
   return tiles;
 }
 
-// A weight matrix in the order in which tiles read it: for every tile its inputs, for every input 16 outputs.
+// Where the weights of a tile lie: that of its output i for input k at data[i * output + k * input].
+struct WeightTile {
+  const float* data;
+  int64_t output, input;
+  int count;  // outputs
+};
+
+// A weight matrix as tiles read it: laid out in their order (for every tile its inputs, for every input 16 outputs), or
+// where it lies, if it is read too few times for the layout to pay.
 class Panels {
  public:
   int64_t inputs = 0;
 
   Panels() = default;
-  // Output i of block b has its weight for input k at weight[b * block + i * output + k * input].
+  // Output i of block b has its weight for input k at weight[b * block + i * output + k * input]. `threads` lay them
+  // out; 0 leave them where they lie.
   Panels(const std::vector<Tile>& tiles, int64_t inputs, const float* weight, int64_t output, int64_t input,
          int64_t block, int threads)
-      : inputs(inputs), floats_(static_cast<int64_t>(tiles.size()) * inputs * kTile) {
+      : inputs(inputs) {
     int64_t first_of_block = 0;
-    std::vector<const float*> from(tiles.size());
+    from_.reserve(tiles.size());
     for (size_t i = 0; i < tiles.size(); ++i) {
       if (i > 0 && tiles[i].block != tiles[i - 1].block) first_of_block = tiles[i].start;
-      from[i] = weight + tiles[i].block * block + (tiles[i].start - first_of_block) * output;
+      from_.push_back({weight + tiles[i].block * block + (tiles[i].start - first_of_block) * output, output, input,
+                       tiles[i].count});
     }
+    if (threads == 0) return;
+    floats_ = Floats(static_cast<int64_t>(tiles.size()) * inputs * kTile);
     parallel_for(static_cast<int64_t>(tiles.size()), 2, threads, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        pack(floats_.get() + i * inputs * kTile, from[i], tiles[i].count, inputs, output, input);
+      for (int64_t i = begin; i < end; ++i) pack(floats_.get() + i * inputs * kTile, from_[i], inputs);
     });
   }
 
+  PHYX_INLINE bool in_place() const { return !floats_.get(); }
   PHYX_INLINE const float* tile(int64_t i) const { return floats_.get() + i * inputs * kTile; }
+  PHYX_INLINE const WeightTile& where(int64_t i) const { return from_[i]; }
 
  private:
-  static void pack(float* to, const float* from, int count, int64_t inputs, int64_t output, int64_t input);
+  static void pack(float* to, const WeightTile& from, int64_t inputs);
+  std::vector<WeightTile> from_;
   Floats floats_;
 };
 
@@ -90,9 +104,12 @@ class Panels {
 using MultiplyOne = void (*)(const float* panel, int64_t inputs, const float* x, float* out);
 using MultiplyTwo = void (*)(const float* panel, int64_t inputs, const float* x0, const float* x1, float* out0,
                              float* out1);
+// The same with weights that lie anywhere; outputs that there are not get anything.
+using MultiplyInPlace = void (*)(const WeightTile& weights, int64_t inputs, const float* x, float* out);
 struct Multiply {
   MultiplyOne one;
   MultiplyTwo two;
+  MultiplyInPlace in_place;
 };
 const Multiply& multiply();  // by the registers this processor has
 

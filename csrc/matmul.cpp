@@ -3,6 +3,8 @@
 // The kernel sums 8 rows of A, broadcast, over 32 rows of B, two vectors, in registers. Both are first laid out in its
 // order: of B a block that the last cache holds, for all threads; of A a chunk of rows, for the thread that has it. The
 // sum is cut into stretches, for each of which what the kernel reads again and again fits into the first cache.
+//
+// Few rows of A would not pay for the layout of B: they lie side by side, a row a lane, and B is read where it is.
 #include "matmul.h"
 
 #include <algorithm>
@@ -23,6 +25,7 @@ constexpr int64_t kStretch = 240;    // terms: 30 KB of B and 8 KB of A; not 256
 constexpr int64_t kChunk = 128;      // rows of A that a thread lays out: 128 KB
 constexpr int64_t kTerms = 2048;     // terms of a block of B
 constexpr int64_t kBlock = 1 << 20;  // its floats
+constexpr int64_t kFewRows = 32;     // of A, up to which B is read where it lies
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -66,7 +69,37 @@ PHYX_MULTIVERSION void multiply_panel_narrow(const float* panel, int64_t length,
                            bias ? bias + t * kTile : nullptr, add);
 }
 
+// Sums of a tile, (16, lanes), to rows of C.
+PHYX_MULTIVERSION void put_lanes(float* c, int64_t c_row, const float* sum, int rows, int columns, bool add) {
+  alignas(64) float turned[kLanes * kTile];
+  transpose(turned, kTile, sum, kLanes, columns, rows);
+  for (int r = 0; r < rows; ++r)
+    for (int j = 0; j < columns; ++j) c[r * c_row + j] = turned[r * kTile + j] + (add ? c[r * c_row + j] : 0.0f);
+}
+
 namespace {
+
+void matmul_few_rows(const Operand& a, const Operand& b, int64_t terms, float* c, int64_t c_row, const float* bias,
+                     bool add, int threads) {
+  const int64_t groups = ceil_div(a.rows, kLanes), tiles = ceil_div(b.rows, kTile);
+  const Floats x(groups * kLanes * std::max<int64_t>(1, terms));
+  pack_rows(x.get(), kLanes, a.data, a.row, a.term, a.rows, terms);
+  const int64_t grain = std::max<int64_t>(1, ceil_div(tiles, 4 * threads));
+  parallel_for(tiles, grain, threads, [&](int64_t from, int64_t to) {
+    alignas(64) float sum[kTile * kLanes];
+    for (int64_t t = from; t < to; ++t) {
+      const int count = static_cast<int>(std::min<int64_t>(kTile, b.rows - t * kTile));
+      for (int64_t g = 0; g < groups; ++g) {
+        const int used = static_cast<int>(std::min<int64_t>(kLanes, a.rows - g * kLanes));
+        for (int j = 0; j < count; ++j) std::fill_n(sum + j * kLanes, kLanes, bias ? bias[t * kTile + j] : 0.0f);
+        for (int64_t k = 0; k < terms; k += kStretch)
+          multiply().in_place({b.at(t * kTile, k), b.row, b.term, count}, std::min(kStretch, terms - k),
+                              x.get() + (g * terms + k) * kLanes, sum);
+        put_lanes(c + g * kLanes * c_row + t * kTile, c_row, sum, used, count, add);
+      }
+    }
+  });
+}
 
 void matmul_block(const Operand& a, const Operand& b, int64_t terms, float* c, int64_t c_row, const float* bias,
                   bool add, float* packed, int threads) {
@@ -129,6 +162,10 @@ void matmul_block(const Operand& a, const Operand& b, int64_t terms, float* c, i
 void matmul(const Operand& a, const Operand& b, int64_t terms, float* c, int64_t c_row, const float* bias,
             bool accumulate, int threads) {
   if (a.rows == 0) return;
+  if (a.rows <= kFewRows) {
+    if (b.rows * terms < 1 << 17) threads = 1;
+    return matmul_few_rows(a, b, terms, c, c_row, bias, accumulate, threads);
+  }
   if (2 * a.rows * b.rows * terms < 1 << 22) threads = 1;
   const int64_t depth = std::clamp<int64_t>(terms, 1, kTerms), width = kBlock / depth / kTile * kTile;
   const Floats packed(depth * std::min(width, ceil_div(b.rows, kTile) * kTile));

@@ -35,7 +35,9 @@ PHYX_INLINE void fill(float* tile, const float* values, int count) {
 
 PHYX_INLINE void multiply_into(float (*tile)[kTile * kLanes], const Multiply& m, const Panels& panels, int64_t i,
                                const Lanes& x, int64_t feature, int64_t g, int64_t pair) {
-  if (pair == 2)
+  if (panels.in_place())
+    for (int64_t j = 0; j < pair; ++j) m.in_place(panels.where(i), panels.inputs, x.at(g + j, feature), tile[j]);
+  else if (pair == 2)
     m.two(panels.tile(i), panels.inputs, x.at(g, feature), x.at(g + 1, feature), tile[0], tile[1]);
   else
     m.one(panels.tile(i), panels.inputs, x.at(g, feature), tile[0]);

@@ -191,9 +191,15 @@ void set_up(Scan& s, const Arguments& a, const Weights& weights, int64_t groups,
 // ---------------------------------------------------------------------------------------------------------------------
 // Weights.
 
-// The transposed weight (size, Z) with rows of `row` floats, in slices.
-Floats transposed(const float* weight, int64_t size, int64_t Z, int64_t row, int threads) {
-  const int64_t slices = (size + kSlice - 1) / kSlice;
+constexpr int64_t kReads = 4;  // with fewer of them, weights are read where they lie
+
+// Threads that lay weights out.
+int layout_threads(const Scan& s, int threads) { return s.T * s.all_groups < kReads ? 0 : threads; }
+
+// The transposed weight (size, Z) with rows of `row` floats, in slices. The first step reads none of it.
+Floats transposed(const Scan& s, const float* weight, int64_t size, int64_t row, int threads) {
+  if (s.T == 1) return {};
+  const int64_t slices = (size + kSlice - 1) / kSlice, Z = s.Z;
   Floats table(slices * Z * kSlice);
   parallel_for(slices * Z, 64, threads, [&](int64_t begin, int64_t end) {
     for (int64_t u0 = 0; u0 < kSlice; u0 += kTile)  // so that neither side strides through memory for long
@@ -220,7 +226,7 @@ HeadWeights forward_head_weights(const Scan& s, const Arguments& a, const Head& 
     w.deter = Panels(layers[0].tiles, s.D, weight, row, 1, 0, threads);
     if (&head != &s.policy) continue;
     if (s.C > 0)
-      w.table = transposed(weight + s.D, layers[0].size, s.Z, row, threads);
+      w.table = transposed(s, weight + s.D, layers[0].size, row, threads);
     else
       w.stoch = Panels(layers[0].tiles, s.Z, weight + s.D, row, 1, 0, threads);
   }
@@ -252,7 +258,7 @@ void forward_weights(Weights& w, const Scan& s, const Arguments& a, int threads)
   const float *in_stoch = a.address("in_stoch"), *gates = a.address("gates");
   w.from_action = Panels(tiles, s.A, a.address("in_action"), s.A, 1, 0, 1);
   if (s.C > 0)
-    w.table = transposed(in_stoch, U, s.Z, s.Z, threads);
+    w.table = transposed(s, in_stoch, U, s.Z, threads);
   else
     w.from_stoch = Panels(tiles, s.Z, in_stoch, s.Z, 1, 0, threads);
   if (s.cell == Cell::kGru) {
@@ -446,7 +452,7 @@ void forward(const py::dict& arguments) {
   const int64_t groups = a.size("block");
   Weights weights;
   std::vector<Scan> scans = make_scans(a, weights, false);
-  forward_weights(weights, scans[0], a, threads);
+  forward_weights(weights, scans[0], a, layout_threads(scans[0], threads));
   for_blocks(scans, (scans[0].all_groups + groups - 1) / groups, groups, threads,
              [](Scan& s, int64_t, int sharing) { walk(s, sharing); });
 }
@@ -458,7 +464,7 @@ void backward(const py::dict& arguments) {
   const int64_t groups = a.size("block");
   Weights weights;
   std::vector<Scan> scans = make_scans(a, weights, true);
-  backward_weights(weights, scans[0], a, threads);
+  backward_weights(weights, scans[0], a, layout_threads(scans[0], threads));
   const int64_t blocks = (scans[0].all_groups + groups - 1) / groups;
 
   // Every unit's sums over its lanes go to rows of their own, so that adding them up has one order.

@@ -383,9 +383,12 @@ class RSSM(nn.Module):
         if state is not None:
             self._check_state(state, B)
         noise = self._noise(noise, T, B, generator)
-        start = self.initial(1)[0]
+        reset = {}
+        if self.initial_deter is not None:  # else zeros, as without it
+            start = self.initial(1)[0]
+            reset = dict(initial_deter=start.deter, initial_stoch=start.stoch)
         if state is None:
-            state = start.map(lambda x: x.expand(B, *x.shape))
+            state = self.initial(B)
         layer, norm_, _ = self.posterior_in
         posterior = rssm_cells.PosteriorWeights(
             layer.weight, layer.bias, *affine(norm_), self.posterior_out.weight, self.posterior_out.bias
@@ -393,7 +396,7 @@ class RSSM(nn.Module):
         return self._state(
             *ops.rssm_observe(
                 embed, action, is_first.bool(), state.deter, state.stoch, noise, self.cell.weights(), posterior,
-                initial_deter=start.deter, initial_stoch=start.stoch, **self.cell.options._asdict(),
+                **reset, **self.cell.options._asdict(),
             )
         )  # fmt: skip
 

@@ -15,6 +15,7 @@ from phyxdream.ops.rssm_cells import (
 )
 from phyxdream.ops.rssm_imagine import rssm_imagine, rssm_imagine_policy
 from phyxdream.ops.rssm_observe import rssm_observe
+from phyxdream.ops.rssm_step import rssm_imagine_step, rssm_step
 from phyxdream.ops.two_hot_loss import two_hot_loss, two_hot_mean
 
 __all__ = [
@@ -33,7 +34,9 @@ __all__ = [
     "rms_norm_silu",
     "rssm_imagine",
     "rssm_imagine_policy",
+    "rssm_imagine_step",
     "rssm_observe",
+    "rssm_step",
     "two_hot_loss",
     "two_hot_mean",
     "use_backend",

@@ -138,12 +138,15 @@ def _cpu_plan(x, weight, bias):
     return f"C++, up to {threads} thread{'s' * (threads > 1)}, one-hot columns gathered"
 
 
-_FEWEST_ROWS, _FEWEST_OUTPUTS = 32, 16
+_FEWEST_ROWS, _FEW_ROWS, _FEW_WEIGHTS, _FEWEST_OUTPUTS = 8, 32, 1 << 17, 16
 
 
 def _cpu_slower(x, weight, bias):
-    if x.numel() < _FEWEST_ROWS * weight.shape[1]:
-        return f"with fewer than {_FEWEST_ROWS} rows, laying out the weights takes as long as using them"
+    rows = x.numel() // weight.shape[1]
+    if rows < _FEWEST_ROWS:
+        return f"with fewer than {_FEWEST_ROWS} rows, all it does is read the weights, and torch's does that faster"
+    if rows < _FEW_ROWS and weight.numel() < _FEW_WEIGHTS:
+        return f"with fewer than {_FEW_ROWS} rows and {_FEW_WEIGHTS} weights, the call takes as long as the work"
     if weight.shape[0] < _FEWEST_OUTPUTS:
         return f"with fewer than {_FEWEST_OUTPUTS} outputs, laying out the rows takes as long as using them"
     return ""

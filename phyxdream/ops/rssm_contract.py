@@ -19,7 +19,8 @@ def check_tensors(tensors: dict[str, Tensor]) -> None:
 
 
 def check_shape(name: str, x: Tensor, shape: Sequence[int]) -> None:
-    check_tensors({name: x})
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if x.shape != tuple(shape):
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(x.shape)}")
 
@@ -43,6 +44,8 @@ def check_weights(owner: str, weights: tuple[Tensor | None, ...], shapes: dict[s
     if isinstance(blocks, Tensor) and (blocks.dim() != 3 or not blocks.shape[0]):
         raise ValueError(f"cell.mix_deter: expected shape (G, D/G, D/G), got {tuple(blocks.shape)}")
     for field, x in zip(weights._fields, weights, strict=True):
+        if isinstance(x, Tensor) and x.shape == shapes[field]:
+            continue
         if x is None and field.endswith(OPTIONAL) and field not in NEEDED:
             if field.endswith("gain") and getattr(weights, field.removesuffix("gain") + "shift") is not None:
                 raise ValueError(f"{owner}.{field}: expected a tensor beside the shift of a LayerNorm, got None")

@@ -26,6 +26,7 @@ from phyxdream.ops.rssm_cells import (
 
 LANES = 16  # sequences that C++ treats as one group
 _UNIT = 4  # groups of a block, where threads take blocks of their own
+_MANY_STEPS, _MANY_WEIGHTS = 4, 1 << 20
 _CELLS = {GRUWeights: 0, LayerNormGRUWeights: 1, BlockGRUWeights: 2}
 ACTS = {"silu": 1, "elu": 2, "relu": 3}
 
@@ -38,16 +39,21 @@ def refuse(x: Tensor, *acts: str) -> str:
     return backend.refuse_cpu(x, (torch.float32,))
 
 
-def slower(T: int, B: int) -> str:
-    """Why the reference is faster, for a few steps."""
-    few = T * math.ceil(B / LANES) < 4
-    return "laying out the weights takes as long as some steps, and there are fewer than 4" if few else ""
+def slower(T: int, B: int, weights: Iterable[Tensor | None]) -> str:
+    """Why the reference is faster, for few steps of few sequences."""
+    fewest = 2 if _size(weights) >= _MANY_WEIGHTS else 4
+    if T < _MANY_STEPS and fewest > B:
+        return f"with fewer than {_MANY_STEPS} steps of fewer than {fewest} sequences, most lanes of a group are empty"
+    return ""
 
 
 def threads(B: int, weights: Iterable[Tensor | None]) -> int:
     """Below some microseconds a step, threads cost more than they bring."""
-    size = sum(x.numel() for x in weights if x is not None)
-    return torch.get_num_threads() if size * math.ceil(B / LANES) >= 1 << 17 else 1
+    return torch.get_num_threads() if _size(weights) * math.ceil(B / LANES) >= 1 << 17 else 1
+
+
+def _size(weights):
+    return sum(x.numel() for x in weights if x is not None)
 
 
 def block(B: int, threads: int) -> int:
@@ -208,11 +214,20 @@ def describe(name: str, head: HeadWeights) -> dict:
 
 
 def call(function: str, arguments: dict) -> None:
-    # The contiguous copies live as long as this frame.
-    held = {
-        k: x.contiguous() if isinstance(x, Tensor) and f"{k}_row" not in arguments else x for k, x in arguments.items()
-    }
-    getattr(backend.extension, function)({k: x.data_ptr() if isinstance(x, Tensor) else x for k, x in held.items()})
+    held = []  # contiguous copies, which live as long as this frame
+    given = {}
+    for name, x in arguments.items():
+        if isinstance(x, Tensor):
+            if not x.is_contiguous() and f"{name}_row" not in arguments:
+                held.append(x := x.contiguous())
+            x = x.data_ptr()
+        given[name] = x
+    getattr(backend.extension, function)(given)
+
+
+def clipped(cell: CellWeights, action: Tensor) -> Tensor:
+    """The action as its layer reads it."""
+    return action / action.abs().clamp_(min=1) if isinstance(cell, BlockGRUWeights) else action
 
 
 class CellBackward:

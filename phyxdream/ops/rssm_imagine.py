@@ -363,7 +363,7 @@ def _cpu_refuse(*args):
 
 
 def _cpu_slower(*args):
-    return rssm_cpu.slower(*args[0].shape[:2])
+    return rssm_cpu.slower(*args[0].shape[:2], args[_TENSORS])
 
 
 def _cpu_plan(*args):

@@ -60,7 +60,7 @@ def forward(
     arguments = _common(outputs, tensors, cell, prior, policy, options, policy_options)
     stoch = stoch.reshape(B, -1)
     if policy is None:
-        arguments["action"] = _clipped(cell, action)
+        arguments["action"] = rssm_cpu.clipped(cell, action)
     else:
         arguments["action_noise"] = action
         # What z brings to its layers at the first step, where it may be anything.
@@ -69,11 +69,6 @@ def forward(
     arguments["stoch_first"] = product(stoch, cell.in_stoch) if categorical else stoch
     rssm_cpu.call("rssm_scan_forward", arguments)
     return outputs
-
-
-def _clipped(cell, action):
-    """The action as its layer reads it."""
-    return action / action.abs().clamp_(min=1) if isinstance(cell, BlockGRUWeights) else action
 
 
 def _common(outputs, tensors, cell, prior, policy, options, policy_options):
@@ -164,7 +159,7 @@ def backward(
         return product(grad[:B].t(), start.t(), out=found, add=True)
 
     taken = action if policy is None else action_out
-    cell_grads = cell_back.gradients(before, _clipped(cell, taken).reshape(rows, -1))
+    cell_grads = cell_back.gradients(before, rssm_cpu.clipped(cell, taken).reshape(rows, -1))
     if "in_stoch" in cell_wants:
         cell_grads["in_stoch"] = stoch_product(cell_back.stoch_grad)
     heads = [prior_back.gradients(lambda grad: product(grad.t(), deter_out.reshape(rows, D).t()))]

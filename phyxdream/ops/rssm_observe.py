@@ -296,7 +296,7 @@ def _cpu_refuse(*args):
 
 
 def _cpu_slower(*args):
-    return rssm_cpu.slower(*args[0].shape[:2])
+    return rssm_cpu.slower(*args[0].shape[:2], args[len(_TENSORS) : len(_TENSORS) + _WEIGHTS])
 
 
 def _cpu_plan(*args):

@@ -52,11 +52,12 @@ def forward(
     first_stoch = torch.where(is_first[0, :, None], initial_stoch.reshape(-1), stoch.reshape(B, -1))
     start = initial_stoch.reshape(-1)
     if len(latent) == 2:  # what z brings to its layer, where it is not one of our own one-hots
-        first_stoch, start = product(first_stoch, cell.in_stoch), product(start.unsqueeze(0), cell.in_stoch)
+        first_stoch = product(first_stoch, cell.in_stoch)
+        start = product(start.unsqueeze(0), cell.in_stoch) if T > 1 else None
     arguments = {
         **_common(outputs, tensors, cell, posterior, options),
         "state_first_rows": embeds,
-        "action": _scaled_action(cell, action, is_first)[0],
+        "action": rssm_cpu.clipped(cell, _reset(action, is_first)),
         "noise": noise,
         "stoch_first": first_stoch,
         "stoch_start": start,
@@ -66,14 +67,8 @@ def forward(
     return outputs
 
 
-def _scaled_action(cell, action, is_first):
-    """The action as its layer reads it, (T, B, A), and its derivative by the one that was given."""
-    scale = (~is_first).to(action.dtype).unsqueeze(-1)
-    action = torch.where(is_first.unsqueeze(-1), 0.0, action)
-    if isinstance(cell, BlockGRUWeights):
-        scale = scale / action.abs().clamp_(min=1)
-        action = action * scale
-    return action, scale
+def _reset(action, is_first):
+    return torch.where(is_first.unsqueeze(-1), 0.0, action)
 
 
 def _common(outputs, tensors, cell, posterior, options):
@@ -133,7 +128,7 @@ def backward(
 
     first = is_first.unsqueeze(-1)
     before = rssm_cpu.states_before(deter, deter_out, is_first, initial_deter)
-    scaled, scale = _scaled_action(cell, action, is_first)
+    action = _reset(action, is_first)
 
     # Posterior.
     posterior_grad = head_back.grads[0]
@@ -166,8 +161,10 @@ def backward(
         source = torch.where(first, start, source).reshape(rows, -1)
         grad_in_stoch = product(stoch_grad.t(), source.t())
 
-    grad_action = product(cell_back.action_grad, cell.in_action.t()).view(action.shape) * scale
-    found = cell_back.gradients(before, scaled.reshape(rows, -1)) | {"in_stoch": grad_in_stoch}
+    grad_action = _reset(product(cell_back.action_grad, cell.in_action.t()).view(action.shape), is_first)
+    if isinstance(cell, BlockGRUWeights):
+        grad_action /= action.abs().clamp_(min=1)
+    found = cell_back.gradients(before, rssm_cpu.clipped(cell, action).reshape(rows, -1)) | {"in_stoch": grad_in_stoch}
     cell_grads = type(cell)(**{name: found.get(name) for name in cell._fields})
     input_grads = (grad_embed, grad_action, grad_deter, grad_stoch, grad_initial_deter, grad_initial_stoch)
     return input_grads, cell_grads, posterior_grads

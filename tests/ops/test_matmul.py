@@ -9,8 +9,12 @@ from phyxdream.ops.backend import extension
 
 pytestmark = pytest.mark.skipif(extension is None, reason="the compiled extension is not built")
 
-# Around the edges of what is summed at once (8 x 32), of a chunk (128 rows) and of a stretch of the sum (256).
-SIZES = [(1, 1, 1), (7, 5, 17), (8, 256, 32), (9, 257, 33), (129, 3, 47), (16, 40, 100), (131, 600, 31), (3, 2500, 5)]
+# Few rows (to 32), then more: around the edges of what is summed at once (half a group or a group of 16; 8 x 32), of a
+# chunk (128 rows) and of a stretch of the sum (256).
+SIZES = [
+    (1, 1, 1), (7, 5, 17), (8, 256, 32), (9, 257, 33), (16, 40, 100), (31, 600, 48), (3, 2500, 5),
+    (39, 5, 17), (40, 256, 32), (129, 3, 47), (131, 600, 31), (33, 2500, 5),
+]  # fmt: skip
 
 
 def row_major(rows, terms):
@@ -82,7 +86,7 @@ def test_nothing_to_write(rows, columns):
 
 
 @pytest.mark.parametrize("layout", [row_major, transposed])
-@pytest.mark.parametrize("size", [(1000, 300, 200), (16, 512, 1500), (300, 2600, 700)])
+@pytest.mark.parametrize("size", [(1000, 300, 200), (16, 512, 1500), (40, 512, 1500), (300, 2600, 700)])
 def test_the_number_of_threads_changes_no_bit(size, layout):
     torch.manual_seed(0)
     M, K, N = size
