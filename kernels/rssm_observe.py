@@ -21,6 +21,7 @@ import triton.language as tl
 
 from phyxdream.kernels import rssm_phases as phases
 from phyxdream.kernels.rssm_phases import (
+    ALL,
     BLOCK_GRU,
     GRU,
     LAYER_NORM_GRU,
@@ -30,12 +31,11 @@ from phyxdream.kernels.rssm_phases import (
     Memory,
     Sizes,
     Weights,
+    meet,
 )
 
 if TYPE_CHECKING:
     from phyxdream.ops.rssm_observe_triton import Model
-
-ALL = tl.constexpr(-1)  # instead of the number of one phase
 
 
 class Tiles(NamedTuple):
@@ -48,95 +48,70 @@ class Tiles(NamedTuple):
     sample: tl.constexpr
 
 
-@triton.jit
-def _meet(arrivals, met, PHASE: tl.constexpr, GRID: tl.constexpr):
-    """Waits for all programs of a tile of sequences, and for what they wrote. The counter starts at 0."""
-    if PHASE == ALL:
-        tl.debug_barrier()
-        if GRID:
-            met += tl.num_programs(0)
-            counter = arrivals + tl.program_id(1)
-            tl.atomic_add(counter, 1, sem="release", scope="gpu")
-            while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") < met:
-                pass
-            tl.debug_barrier()
-    return met
-
-
-@triton.jit
-def _tile(arrivals, GRID: tl.constexpr):
-    """The program's tile of sequences. Programs that wait add a 0 that compilers do not see through: they would keep
-    what follows from the tile, for all phases at once, in registers that a phase needs."""
-    tile = tl.program_id(1)
-    if GRID:
-        tile += tl.minimum(tl.load(arrivals + tile), 0)
-    return tile
-
-
 @triton.jit(do_not_specialize=["T", "B", "first", "last"])
 def forward_kernel(w, l, d, s, n, arrivals, T, B, first, last, PHASE: tl.constexpr, GRID: tl.constexpr):
     """Steps [first, last); all phases, or the one of that number."""
-    p, programs = tl.program_id(0), tl.num_programs(0)
+    p, programs, tile = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     met = 0
-    for t in range(first, last):
+    for t in tl.range(first, last, num_stages=1):
         if PHASE == ALL or PHASE == 0:
-            for i in range(p, n.inputs, programs):
-                phases.inputs(w, l, d, s, t, _tile(arrivals, GRID), B, i)
-            met = _meet(arrivals, met, PHASE, GRID)
+            for i in tl.range(p, n.inputs, programs, num_stages=1):
+                phases.inputs(w, l, d, s, t, tile, B, i)
+            met = meet(arrivals, met, PHASE, GRID)
         if n.second > 0 and (PHASE == ALL or PHASE == 1):
-            for i in range(p, n.second, programs):
+            for i in tl.range(p, n.second, programs, num_stages=1):
                 if s.cell == BLOCK_GRU:
-                    phases.mix(w, l, d, s, t, _tile(arrivals, GRID), B, i)
+                    phases.mix(w, l, d, s, t, tile, B, i)
                 else:
-                    phases.gates(w, l, d, s, t, _tile(arrivals, GRID), B, i)
-            met = _meet(arrivals, met, PHASE, GRID)
+                    phases.gates(w, l, d, s, t, tile, B, i)
+            met = meet(arrivals, met, PHASE, GRID)
         if PHASE == ALL or PHASE == 2:
-            for i in range(p, n.deter, programs):
-                phases.update(w, l, d, s, t, T, _tile(arrivals, GRID), B, i)
-            met = _meet(arrivals, met, PHASE, GRID)
+            for i in tl.range(p, n.deter, programs, num_stages=1):
+                phases.update(w, l, d, s, t, T, tile, B, i)
+            met = meet(arrivals, met, PHASE, GRID)
         if PHASE == ALL or PHASE == 3:
-            for i in range(p, n.head, programs):
-                phases.head(w, l, d, s, t, _tile(arrivals, GRID), B, i)
-            met = _meet(arrivals, met, PHASE, GRID)
+            for i in tl.range(p, n.head, programs, num_stages=1):
+                phases.head(w.head, s.head_row, l.head, d, s, t, tile, B, i)
+            met = meet(arrivals, met, PHASE, GRID)
         if PHASE == ALL or PHASE == 4:
-            for i in range(p, n.sample, programs):
-                phases.sample(w, l, d, s, t, T, _tile(arrivals, GRID), B, i)
-            met = _meet(arrivals, met, PHASE, GRID)
+            for i in tl.range(p, n.sample, programs, num_stages=1):
+                phases.sample(w, l, d, s, t, T, tile, B, i)
+            met = meet(arrivals, met, PHASE, GRID)
 
 
 @triton.jit(do_not_specialize=["T", "B", "first", "last"])
 def backward_kernel(w, l, d, s, n, arrivals, T, B, first, last, PHASE: tl.constexpr, GRID: tl.constexpr):
     """Steps [first, last), the last one first."""
-    p, programs = tl.program_id(0), tl.num_programs(0)
+    p, programs, tile = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     met = 0
-    for back in range(last - first):
+    for back in tl.range(last - first, num_stages=1):
         t = last - 1 - back
         if PHASE == ALL or PHASE == 0:
-            for i in range(p, n.sample, programs):
-                phases.statistics_back(w, l, d, s, t, T, _tile(arrivals, GRID), B, i)
-            met = _meet(arrivals, met, PHASE, GRID)
+            for i in tl.range(p, n.sample, programs, num_stages=1):
+                phases.statistics_back(w, l, d, s, t, T, tile, B, i)
+            met = meet(arrivals, met, PHASE, GRID)
         if PHASE == ALL or PHASE == 1:
-            for i in range(p, n.head, programs):
-                phases.head_back(w, l, d, s, t, _tile(arrivals, GRID), B, i)
-            met = _meet(arrivals, met, PHASE, GRID)
+            for i in tl.range(p, n.head, programs, num_stages=1):
+                phases.head_back(w, l, d, s, t, tile, B, i)
+            met = meet(arrivals, met, PHASE, GRID)
         if PHASE == ALL or PHASE == 2:
-            for i in range(p, n.deter, programs):
-                phases.update_back(w, l, d, s, t, _tile(arrivals, GRID), B, i)
-            met = _meet(arrivals, met, PHASE, GRID)
+            for i in tl.range(p, n.deter, programs, num_stages=1):
+                phases.update_back(w, l, d, s, t, tile, B, i)
+            met = meet(arrivals, met, PHASE, GRID)
         if s.cell == BLOCK_GRU and (PHASE == ALL or PHASE == 3):
-            for i in range(p, n.second, programs):
-                phases.mix_back(w, l, d, s, t, _tile(arrivals, GRID), B, i)
-            met = _meet(arrivals, met, PHASE, GRID)
+            for i in tl.range(p, n.second, programs, num_stages=1):
+                phases.mix_back(w, l, d, s, t, tile, B, i)
+            met = meet(arrivals, met, PHASE, GRID)
         if PHASE == ALL or PHASE == 4:
-            for i in range(p, n.inputs + n.deter, programs):
+            for i in tl.range(p, n.inputs + n.deter, programs, num_stages=1):
                 if i < n.inputs:
-                    phases.inputs_back(w, l, d, s, t, _tile(arrivals, GRID), B, i)
+                    phases.inputs_back(w, l, d, s, t, tile, B, i)
                 else:
-                    phases.carry_back(w, l, d, s, t, _tile(arrivals, GRID), B, i - n.inputs)
-            met = _meet(arrivals, met, PHASE, GRID)
+                    phases.carry_back(w, l, d, s, t, tile, B, i - n.inputs)
+            met = meet(arrivals, met, PHASE, GRID)
         if s.cell == BLOCK_GRU and (PHASE == ALL or PHASE == 5):  # the next phase reads nothing of it: no meeting
-            for i in range(p, n.deter, programs):
-                phases.deter_back(w, l, d, s, t, _tile(arrivals, GRID), B, i)
+            for i in tl.range(p, n.deter, programs, num_stages=1):
+                phases.deter_back(w, l, d, s, t, tile, B, i)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,7 +129,11 @@ class Plan:
     columns: int
     depth: int
     warps: int
-    stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Of the launch. Left to itself, the assembler spills a few words for the sake of more programs at once."""
+        return dict(num_warps=self.warps, num_stages=2 if self.shape == "tile" else 3, maxnreg=255)
 
     def __str__(self) -> str:
         programs = f"{self.programs} program{'s' * (self.programs > 1)} of {self.columns} features"
@@ -175,17 +154,18 @@ def choose_shape(model: Model, processors: int) -> str:
 
 def plan(model: Model, half: bool, processors: int) -> Plan:
     shape = choose_shape(model, processors)
-    # fp32 products run on the plain units, whose operands all lie in registers.
-    depth = 64 if half else 16
     if shape == "split":
         rows, columns = min(64 if half else 16, max(16, triton.next_power_of_2(model.B))), 32
     else:
         rows, columns = 16, 16 if shape == "persistent" and model.D <= 1024 else 32
+    # fp32 products run on the plain units, whose operands all lie in registers.
+    depth = (64 if rows == 16 and columns == 32 else 32) if half else 16
     tiles = triton.cdiv(model.B, rows)
     counts = counted(model, columns)
-    most = max(*counts[1:], counts[0] + counts[2])
+    heads = (triton.cdiv(size, columns) for name, (_, size) in model.layers.items() if name not in Layers._fields)
+    most = max(*counts[1:], counts[0] + counts[2], *heads)
     programs = {"tile": 1, "persistent": min(most, max(1, processors // tiles)), "split": most}[shape]
-    return Plan(shape, programs, tiles, rows, columns, depth, warps=8 if shape != "split" else 4, stages=3)
+    return Plan(shape, programs, tiles, rows, columns, depth, warps=4 if shape == "split" and rows == 16 else 8)
 
 
 def counted(model: Model, columns: int) -> tuple[int, ...]:
@@ -194,7 +174,7 @@ def counted(model: Model, columns: int) -> tuple[int, ...]:
     deter = triton.cdiv(model.D // model.blocks, columns) * model.blocks
     second = {"gru": 0, "layernorm_gru": triton.cdiv(3 * model.D, columns), "block_gru": deter}[model.cell]
     sampled = _lanes(model, columns)[1] if model.classes else columns
-    inputs = of_layer * (2 if model.cell == "block_gru" else 1)
+    inputs = of_layer * (2 + (model.A > 0) if model.cell == "block_gru" else 1)
     return inputs, second, deter, triton.cdiv(model.V, columns), triton.cdiv(model.stoch, sampled)
 
 
@@ -208,10 +188,10 @@ def _lanes(model, columns):
 # Arguments of the kernels. Their leaves may be tensors or, to compile ahead of time, Triton's names of types.
 
 
-def arguments(model: Model, plan: Plan, weights: dict[str, Any], memory: Memory | Gradients) -> tuple:
-    """The weights, layers, memory, sizes and tiles that both kernels start with."""
+def layers_of(model: Model, plan: Plan, weights: dict[str, Any]) -> dict[str, Layer]:
+    """By their names in `model.layers`."""
     acts = {"silu": phases.SILU, "elu": phases.ELU, "relu": phases.RELU}
-    counts, sums, layers = counted(model, plan.columns), 0, dict.fromkeys(Layers._fields)
+    sums, layers = 0, {}
     for name, (start, size) in model.layers.items():
         bias, gain, shift = (weights[f"{name}_{part}"] for part in ("bias", "gain", "shift"))
         layers[name] = Layer(
@@ -220,22 +200,30 @@ def arguments(model: Model, plan: Plan, weights: dict[str, Any], memory: Memory 
                 model.blocks if name == "mix" else 1,
                 model.options.rms_eps if shift is None else model.options.layer_eps,
             )),
-            phases.IDENTITY if name == "gates" else acts[model.options.act],
+            phases.IDENTITY if name == "gates" else acts[model.act(name)],
             *map(tl.constexpr, (start, sums)),
         )  # fmt: skip
         sums += 2 * _layer_tiles(model, name, size, plan.columns)
+    return layers
+
+
+def arguments(model: Model, plan: Plan, weights: dict[str, Any], memory: Memory | Gradients) -> tuple:
+    """The weights, layers, memory, sizes and tiles that all kernels start with."""
+    layers = layers_of(model, plan, weights)
     classes, variables = _lanes(model, plan.columns)
     cells = {"gru": GRU, "layernorm_gru": LAYER_NORM_GRU, "block_gru": BLOCK_GRU}
     sizes = Sizes(
         cells[model.cell],
         *map(tl.constexpr, (
-            model.D, model.U, model.V, model.stoch, model.classes, model.blocks, model.D + model.E, model.tape_row,
-            model.gates, model.options.unimix, model.options.min_std, "ieee", plan.rows, plan.columns, plan.depth,
-            classes, variables, min(triton.next_power_of_2(model.stoch), max(1, 4096 // (plan.rows * plan.columns))),
+            model.A, model.D, model.U, model.V, model.stoch, model.classes, model.blocks, model.D + model.E,
+            model.tape_row, model.taped, model.gates, model.options.unimix, model.options.min_std, "ieee", plan.rows,
+            plan.columns, plan.depth, classes, variables,
+            min(triton.next_power_of_2(model.stoch), max(1, 4096 // (plan.rows * plan.columns))),
         )),
     )  # fmt: skip
     matrices = Weights(*(weights[name] for name in Weights._fields))
-    return matrices, Layers(**layers), memory, sizes, Tiles(*map(tl.constexpr, counts))
+    counts = Tiles(*map(tl.constexpr, counted(model, plan.columns)))
+    return matrices, Layers(*map(layers.get, Layers._fields)), memory, sizes, counts
 
 
 def _layer_tiles(model, name, size, columns):
@@ -261,7 +249,7 @@ def run(model: Model, weights: dict[str, Any], memory: Memory | Gradients) -> No
     kernel = backward_kernel if backward else forward_kernel
     given = arguments(model, p, weights, memory)
     arrivals = torch.zeros(p.tiles, dtype=torch.int32, device=tape.device)
-    options = dict(num_warps=p.warps, num_stages=p.stages)
+    options: dict[str, Any] = p.options
     if p.shape == "persistent" and tape.is_cuda:
         options["launch_cooperative_grid"] = True
     with torch.cuda.device_of(tape):

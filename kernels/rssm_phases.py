@@ -21,6 +21,9 @@ import triton.language as tl
 
 GRU, LAYER_NORM_GRU, BLOCK_GRU = (tl.constexpr(i) for i in range(3))
 SILU, ELU, RELU, IDENTITY = (tl.constexpr(i) for i in range(4))
+ALL = tl.constexpr(-1)  # instead of the number of one phase
+CATEGORICAL, BOUNDED_NORMAL, TANH_NORMAL = (tl.constexpr(i) for i in range(3))
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 class Layer(NamedTuple):
@@ -42,6 +45,7 @@ class Weights(NamedTuple):
     """Contiguous, as in phyxdream/ops/rssm_cells.py; None where the cell has no such weight."""
 
     in_stoch: Any  # of categorical latents transposed, (Z, U)
+    in_action: Any  # of actions that come in with the steps
     in_deter: Any
     mix_deter: Any
     mix_inputs: Any
@@ -49,7 +53,7 @@ class Weights(NamedTuple):
     gates_bias: Any
     hidden_gates: Any
     hidden_bias: Any
-    head: Any  # of the posterior: (V, head_row), the first D columns
+    head: Any  # of the posterior or prior: (V, head_row), the first D columns
     out: Any
     out_bias: Any
 
@@ -57,15 +61,35 @@ class Weights(NamedTuple):
 class Layers(NamedTuple):
     stoch: Layer  # of z (and, but in block_gru, of the action)
     deter: Layer | None  # of h, block_gru
+    action: Layer | None  # block_gru, of actions that come in with the steps
     mix: Layer | None  # block_gru
     gates: Layer | None  # layernorm_gru
-    head: Layer
+    head: Layer  # that the statistics are made of
+
+
+class Head(NamedTuple):
+    """A prior or policy: its layers and their weights; what follows `weights` only a policy has."""
+
+    layers: Any
+    weights: Any
+    stoch: Any = None  # of the first layer, for categorical z: transposed, (S·C, size)
+    stoch_first: Any = None  # what z brings at step 0
+    out: Any = None
+    out_bias: Any = None
+    noise: Any = None
+    action: Any = None  # written; where the cell reads it as it is, `Memory.action`
+    dist: Any = None
+    unimix: Any = None
+    min_std: Any = None
+    max_std: Any = None
+    LANES: Any = None  # the power of two from A
 
 
 class Sizes(NamedTuple):
     """Of the model, and of the tiles. `classes` is 0 for Gaussian latents."""
 
     cell: tl.constexpr
+    A: tl.constexpr  # of actions that come in with the steps, or 0
     D: tl.constexpr
     U: tl.constexpr
     V: tl.constexpr
@@ -74,6 +98,7 @@ class Sizes(NamedTuple):
     blocks: tl.constexpr
     head_row: tl.constexpr
     tape: tl.constexpr  # floats a step and sequence
+    taped: tl.constexpr  # whether the tape has all steps, or only what one step hands from phase to phase
     gates: tl.constexpr  # where the gates start, if they have no layer
     unimix: tl.constexpr
     min_std: tl.constexpr
@@ -90,10 +115,11 @@ class Memory(NamedTuple):
     """What the forward reads and writes beside the weights. Rows are (T·B, size) unless said otherwise."""
 
     from_action: Any  # what the action brings, bias included: to the layer of z, or, block_gru, to that of the mix
+    action: Any  # or, where that is None, the action as its layer reads it
     embeds: Any  # what the embedding brings to the head, or None
-    is_first: Any
+    is_first: Any  # None without resets
     noise: Any  # arrival times, or standard normal
-    initial_deter: Any
+    initial_deter: Any  # of resets
     initial_stoch: Any
     stoch_first: Any  # (B, ·) and (·) of step 0 and of resets: z, or for categorical latents what it brings
     stoch_start: Any
@@ -128,13 +154,42 @@ class Gradients(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Between phases.
+
+
+@triton.jit
+def meet(arrivals, met, PHASE: tl.constexpr, GRID: tl.constexpr):
+    """Waits for all programs of a tile of sequences, and for what they wrote. The counter starts at 0."""
+    if PHASE == ALL:
+        tl.debug_barrier()
+        if GRID:
+            met += tl.num_programs(0)
+            counter = arrivals + tl.program_id(1)
+            tl.atomic_add(counter, 1, sem="release", scope="gpu")
+            while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") < met:
+                pass
+            tl.debug_barrier()
+    return met
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Tiles.
+
+
+@triton.jit
+def _hidden(i):
+    """The number i, of which compilers know nothing more. What follows from it, they leave where it is: else they move
+    the addresses of all phases out of the loop over time, into registers that each phase needs for itself."""
+    i = tl.cast(i, tl.int32)  # the interpreter gives numbers
+    if not INTERPRETED:
+        i += tl.inline_asm_elementwise("mov.u32 $0, %ctaid.z;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+    return i
 
 
 @triton.jit
 def _tile(i, size: tl.constexpr, blocks: tl.constexpr, COLUMNS: tl.constexpr):
     """Features of tile i, which of them exist, how many, and their block."""
-    i = tl.cast(i, tl.int32)  # the interpreter gives numbers
+    i = _hidden(i)
     each: tl.constexpr = size // blocks
     tiles: tl.constexpr = (each + COLUMNS - 1) // COLUMNS
     start = (i % tiles) * COLUMNS
@@ -160,7 +215,10 @@ def _vector(pointer, column, inside):
 
 @triton.jit
 def _resets(is_first, row, exists):
-    return tl.load(is_first + row, mask=exists, other=0) != 0
+    found = exists & False
+    if is_first is not None:
+        found = tl.load(is_first + row, mask=exists, other=0) != 0
+    return found
 
 
 @triton.jit
@@ -261,9 +319,10 @@ def _moments(d, s, layer, row, B, sequence, exists, KEEP):
                 part += tl.where(inside, count * apart * apart, 0.0)
             square += tl.sum(part, 1)
         inverse = 1 / tl.sqrt(square / layer.size + layer.eps)
-        at = d.tape + row * s.tape + layer.tape + layer.size
-        tl.store(at, mean, mask=exists & KEEP)
-        tl.store(at + 1, inverse, mask=exists & KEEP)
+        if s.taped:
+            at = d.tape + row * s.tape + layer.tape + layer.size
+            tl.store(at, mean, mask=exists & KEEP)
+            tl.store(at + 1, inverse, mask=exists & KEEP)
     return mean, inverse
 
 
@@ -321,8 +380,9 @@ def _step(acc, x, s, weight, k, inside_k, k_stride, n, inside, n_stride):
 @triton.jit
 def _product(acc, s, x, row, width, exists, K: tl.constexpr, weight, k_stride, n, inside, n_stride):
     """Of values as they lie in rows."""
+    first_k = _hidden(0) + tl.arange(0, s.DEPTH)
     for k0 in range(0, K, s.DEPTH):
-        k = k0 + tl.arange(0, s.DEPTH)
+        k = k0 + first_k
         value = _load(x, row, width, k, exists[:, None] & (k < K)[None, :])
         acc = _step(acc, value, s, weight, k, k < K, k_stride, n, inside, n_stride)
     return acc
@@ -333,8 +393,9 @@ def _product_of_layer(
     acc, d, s, layer, mean, inverse, start, K: tl.constexpr, row, exists, weight, k_stride, n, inside, n_stride
 ):
     """Of features [start, start + K) of a layer, which leave the norm and the activation here."""
+    first_k = _hidden(0) + tl.arange(0, s.DEPTH)
     for k0 in range(0, K, s.DEPTH):
-        k = k0 + tl.arange(0, s.DEPTH)
+        k = k0 + first_k
         value = _load(d.tape, row, s.tape, k + start + layer.tape, exists[:, None] & (k < K)[None, :])
         value = _affine(_normalised(value, layer, mean, inverse), layer, k + start, k < K)
         acc = _step(acc, _activate(value, layer.act), s, weight, k, k < K, k_stride, n, inside, n_stride)
@@ -350,8 +411,9 @@ def _product_of_gradient(
     (d - mean d - n mean(d n)) / σ. Its rows start at column `first`."""
     mean, inverse = _kept_moments(d, s, layer, row, exists)
     mean_d, along = _means(d, s, layer, tiles, B, sequence, exists)
+    first_k = _hidden(0) + tl.arange(0, s.DEPTH)
     for k0 in range(0, K, s.DEPTH):
-        k = k0 + tl.arange(0, s.DEPTH)
+        k = k0 + first_k
         both = exists[:, None] & (k < K)[None, :]
         value = _load(rows, row, width, k + first + start, both)
         if layer.gain is not None:
@@ -375,76 +437,106 @@ def _bias(acc, bias, column, inside):
 
 @triton.jit
 def _rows_of(t, tile, B, s):
-    sequence = tile * s.ROWS + tl.arange(0, s.ROWS)
+    sequence = _hidden(tile) * s.ROWS + tl.arange(0, s.ROWS)
     return sequence, sequence < B, tl.cast(t, tl.int64) * B + sequence
 
 
 @triton.jit
-def _picked(acc, w, d, s, t, row, B, sequence, exists, column, inside):
-    """What z brings to its layer where it is categorical: each one-hot picks a row of the transposed weight."""
+def _kept_row(s, row, sequence):
+    """Of the tape."""
+    if not s.taped:
+        row = tl.cast(sequence, tl.int64)
+    return row
+
+
+@triton.jit
+def _picked(acc, weight, first, start, d, s, size: tl.constexpr, t, row, B, sequence, exists, column, inside):
+    """What z brings to a layer where it is categorical: each one-hot picks a row of the transposed weight. `first` and
+    `start` are what it brings at step 0 and at resets."""
     resets = _resets(d.is_first, row, exists)
     both = exists[:, None] & inside[None, :]
     if t == 0:
-        acc += _load(d.stoch_first, sequence, s.U, column, both)
+        acc += _load(first, sequence, size, column, both)
     else:
-        acc += tl.where(resets[:, None], _vector(d.stoch_start, column, inside)[None, :], 0.0)
+        if start is not None:
+            acc += tl.where(resets[:, None], _vector(start, column, inside)[None, :], 0.0)
         kept = exists & (resets == 0)
         for v0 in range(0, s.stoch, s.GATHERED):
             v = v0 + tl.arange(0, s.GATHERED)
             is_one = kept[:, None] & (v < s.stoch)[None, :]
             index = tl.load(d.index + (row - B)[:, None] * s.stoch + v[None, :], mask=is_one, other=0)
-            at = ((v * s.classes)[None, :] + index)[:, :, None] * s.U + column[None, None, :]
-            tile = tl.load(w.in_stoch + at, mask=is_one[:, :, None] & inside[None, None, :], other=0.0)
+            at = ((v * s.classes)[None, :] + index)[:, :, None] * size + column[None, None, :]
+            tile = tl.load(weight + at, mask=is_one[:, :, None] & inside[None, None, :], other=0.0)
             acc += tl.sum(tile.to(tl.float32), 1)
     return acc
 
 
 @triton.jit
 def inputs(w, l, d, s, t, tile, B, i):
-    """The layer of z, and in block_gru that of h."""
+    """The layer of z, and in block_gru those of h and the action."""
     i = tl.cast(i, tl.int32)
     sequence, exists, row = _rows_of(t, tile, B, s)
+    kept = _kept_row(s, row, sequence)
     tiles: tl.constexpr = (s.U + s.COLUMNS - 1) // s.COLUMNS
     column, inside, count, _ = _tile(i % tiles, s.U, 1, s.COLUMNS)
     acc = tl.zeros((s.ROWS, s.COLUMNS), tl.float32)
     if i < tiles:
         acc = _bias(acc, l.stoch.bias, column, inside)
         if s.cell != BLOCK_GRU:
-            acc += _load(d.from_action, row, s.U, column, exists[:, None] & inside[None, :])
+            if s.A > 0:
+                acc = _product(acc, s, d.action, row, s.A, exists, s.A, w.in_action, 1, column, inside, s.A)
+            else:
+                acc += _load(d.from_action, row, s.U, column, exists[:, None] & inside[None, :])
         if s.classes > 0:
-            acc = _picked(acc, w, d, s, t, row, B, sequence, exists, column, inside)
+            acc = _picked(
+                acc, w.in_stoch, d.stoch_first, d.stoch_start, d, s, s.U, t, row, B, sequence, exists, column, inside
+            )
         else:
             acc = _product(
                 acc, s, d.stoch_first, sequence, s.stoch, exists, s.stoch, w.in_stoch, 1, column, inside, s.stoch
             )
-        _enter(d, s, l.stoch, i, acc, row, B, sequence, exists, column, inside, count)
-    else:
+        _enter(d, s, l.stoch, i, acc, kept, B, sequence, exists, column, inside, count)
+    elif i < 2 * tiles:
         if s.cell == BLOCK_GRU:
             acc = _bias(acc, l.deter.bias, column, inside)
             previous = d.previous + (t % 2) * B * s.D
             acc = _product(acc, s, previous, sequence, s.D, exists, s.D, w.in_deter, 1, column, inside, s.D)
-            _enter(d, s, l.deter, i - tiles, acc, row, B, sequence, exists, column, inside, count)
+            _enter(d, s, l.deter, i - tiles, acc, kept, B, sequence, exists, column, inside, count)
+    else:
+        if s.cell == BLOCK_GRU and s.A > 0:
+            acc = _bias(acc, l.action.bias, column, inside)
+            acc = _product(acc, s, d.action, row, s.A, exists, s.A, w.in_action, 1, column, inside, s.A)
+            _enter(d, s, l.action, i - 2 * tiles, acc, kept, B, sequence, exists, column, inside, count)
 
 
 @triton.jit
 def mix(w, l, d, s, t, tile, B, i):
     """block_gru: the layer that all inputs meet in."""
     sequence, exists, row = _rows_of(t, tile, B, s)
+    kept = _kept_row(s, row, sequence)
     column, inside, count, block = _tile(i, s.D, s.blocks, s.COLUMNS)
     size: tl.constexpr = s.D // s.blocks
-    acc = _load(d.from_action, row, s.D, column, exists[:, None] & inside[None, :])
+    if s.A > 0:
+        acc = _bias(tl.zeros((s.ROWS, s.COLUMNS), tl.float32), l.mix.bias, column, inside)
+        mean, inverse = _moments(d, s, l.action, kept, B, sequence, exists, i == 0)
+        weight = w.mix_inputs + 2 * s.U
+        acc = _product_of_layer(
+            acc, d, s, l.action, mean, inverse, 0, s.U, kept, exists, weight, 1, column, inside, 3 * s.U
+        )
+    else:
+        acc = _load(d.from_action, row, s.D, column, exists[:, None] & inside[None, :])
     previous = d.previous + (t % 2) * B * s.D + block * size
     weight = w.mix_deter + block * size * size - block * size  # `column` counts from the first block
     acc = _product(acc, s, previous, sequence, s.D, exists, size, weight, size, column, inside, 1)
-    mean, inverse = _moments(d, s, l.deter, row, B, sequence, exists, i == 0)
+    mean, inverse = _moments(d, s, l.deter, kept, B, sequence, exists, i == 0)
     acc = _product_of_layer(
-        acc, d, s, l.deter, mean, inverse, 0, s.U, row, exists, w.mix_inputs, 1, column, inside, 3 * s.U
+        acc, d, s, l.deter, mean, inverse, 0, s.U, kept, exists, w.mix_inputs, 1, column, inside, 3 * s.U
     )
-    mean, inverse = _moments(d, s, l.stoch, row, B, sequence, exists, i == 0)
+    mean, inverse = _moments(d, s, l.stoch, kept, B, sequence, exists, i == 0)
     acc = _product_of_layer(
-        acc, d, s, l.stoch, mean, inverse, 0, s.U, row, exists, w.mix_inputs + s.U, 1, column, inside, 3 * s.U
+        acc, d, s, l.stoch, mean, inverse, 0, s.U, kept, exists, w.mix_inputs + s.U, 1, column, inside, 3 * s.U
     )
-    _enter(d, s, l.mix, i, acc, row, B, sequence, exists, column, inside, count)
+    _enter(d, s, l.mix, i, acc, kept, B, sequence, exists, column, inside, count)
 
 
 @triton.jit
@@ -452,8 +544,9 @@ def _put_deter(d, s, h, t, T, B, row, sequence, exists, column, inside):
     """The new state: to the result, and, with the resets of the next step, to what that starts from."""
     both = exists[:, None] & inside[None, :]
     _store(d.deter, row, s.D, column, both, h)
-    resets = _resets(d.is_first, row + B, exists & (t + 1 < T))
-    h = tl.where(resets[:, None], _vector(d.initial_deter, column, inside)[None, :], h)
+    if d.is_first is not None:
+        resets = _resets(d.is_first, row + B, exists & (t + 1 < T))
+        h = tl.where(resets[:, None], _vector(d.initial_deter, column, inside)[None, :], h)
     _store(d.previous + ((t + 1) % 2) * B * s.D, sequence, s.D, column, both, h)
 
 
@@ -466,15 +559,16 @@ def _gru_update(reset, candidate, update, previous):
 def gates(w, l, d, s, t, tile, B, i):
     """layernorm_gru: the gates before their norm."""
     sequence, exists, row = _rows_of(t, tile, B, s)
+    kept = _kept_row(s, row, sequence)
     column, inside, count, _ = _tile(i, 3 * s.D, 1, s.COLUMNS)
-    mean, inverse = _moments(d, s, l.stoch, row, B, sequence, exists, i == 0)
+    mean, inverse = _moments(d, s, l.stoch, kept, B, sequence, exists, i == 0)
     acc = tl.zeros((s.ROWS, s.COLUMNS), tl.float32)
     acc = _product_of_layer(
-        acc, d, s, l.stoch, mean, inverse, 0, s.U, row, exists, w.gates, 1, column, inside, s.U + s.D
+        acc, d, s, l.stoch, mean, inverse, 0, s.U, kept, exists, w.gates, 1, column, inside, s.U + s.D
     )
     previous = d.previous + (t % 2) * B * s.D
     acc = _product(acc, s, previous, sequence, s.D, exists, s.D, w.gates + s.U, 1, column, inside, s.U + s.D)
-    _enter(d, s, l.gates, i, acc, row, B, sequence, exists, column, inside, count)
+    _enter(d, s, l.gates, i, acc, kept, B, sequence, exists, column, inside, count)
 
 
 @triton.jit
@@ -498,53 +592,55 @@ def _kept_gate(d, s, k: tl.constexpr, row, exists, column, inside):
 
 @triton.jit
 def _keep_gate(d, s, k: tl.constexpr, value, row, exists, column, inside):
-    _store(d.tape, row, s.tape, column + s.gates + k * s.D, exists[:, None] & inside[None, :], value)
+    if s.taped:
+        _store(d.tape, row, s.tape, column + s.gates + k * s.D, exists[:, None] & inside[None, :], value)
 
 
 @triton.jit
 def update(w, l, d, s, t, T, tile, B, i):
     """The new state: what is left of it in layernorm_gru, or gates and all."""
     sequence, exists, row = _rows_of(t, tile, B, s)
+    kept = _kept_row(s, row, sequence)
     column, inside, _, block = _tile(i, s.D, s.blocks, s.COLUMNS)
     previous = d.previous + (t % 2) * B * s.D
     h = _load(previous, sequence, s.D, column, exists[:, None] & inside[None, :])
     if s.cell == LAYER_NORM_GRU:
-        mean, inverse = _moments(d, s, l.gates, row, B, sequence, exists, i == 0)
-        reset = _normed_gate(d, s, l.gates, 0, mean, inverse, row, exists, column, inside)
-        candidate = _normed_gate(d, s, l.gates, 1, mean, inverse, row, exists, column, inside)
-        update = _normed_gate(d, s, l.gates, 2, mean, inverse, row, exists, column, inside)
+        mean, inverse = _moments(d, s, l.gates, kept, B, sequence, exists, i == 0)
+        reset = _normed_gate(d, s, l.gates, 0, mean, inverse, kept, exists, column, inside)
+        candidate = _normed_gate(d, s, l.gates, 1, mean, inverse, kept, exists, column, inside)
+        update = _normed_gate(d, s, l.gates, 2, mean, inverse, kept, exists, column, inside)
         h = _gru_update(reset, candidate, update, h)
     elif s.cell == GRU:
-        mean, inverse = _moments(d, s, l.stoch, row, B, sequence, exists, i == 0)
-        reset = _gru_gate(w, l, d, s, 0, mean, inverse, previous, row, sequence, exists, column, inside)
-        update = _gru_gate(w, l, d, s, 1, mean, inverse, previous, row, sequence, exists, column, inside)
-        new = _gru_input(w, l, d, s, 2, mean, inverse, row, exists, column, inside)
+        mean, inverse = _moments(d, s, l.stoch, kept, B, sequence, exists, i == 0)
+        reset = _gru_gate(w, l, d, s, 0, mean, inverse, previous, kept, sequence, exists, column, inside)
+        update = _gru_gate(w, l, d, s, 1, mean, inverse, previous, kept, sequence, exists, column, inside)
+        new = _gru_input(w, l, d, s, 2, mean, inverse, kept, exists, column, inside)
         hidden = _gru_hidden(w, s, 2, previous, sequence, exists, column, inside)
         new += _sigmoid(reset) * hidden
-        _keep_gate(d, s, 0, reset, row, exists, column, inside)
-        _keep_gate(d, s, 1, update, row, exists, column, inside)
-        _keep_gate(d, s, 2, new, row, exists, column, inside)
-        _keep_gate(d, s, 3, hidden, row, exists, column, inside)
+        _keep_gate(d, s, 0, reset, kept, exists, column, inside)
+        _keep_gate(d, s, 1, update, kept, exists, column, inside)
+        _keep_gate(d, s, 2, new, kept, exists, column, inside)
+        _keep_gate(d, s, 3, hidden, kept, exists, column, inside)
         new = _tanh(new)
         h = new + _sigmoid(update) * (h - new)
     else:
-        mean, inverse = _moments(d, s, l.mix, row, B, sequence, exists, i == 0)
-        reset = _block_gate(w, l, d, s, 0, mean, inverse, block, row, exists, column, inside)
-        candidate = _block_gate(w, l, d, s, 1, mean, inverse, block, row, exists, column, inside)
-        update = _block_gate(w, l, d, s, 2, mean, inverse, block, row, exists, column, inside)
-        _keep_gate(d, s, 0, reset, row, exists, column, inside)
-        _keep_gate(d, s, 1, candidate, row, exists, column, inside)
-        _keep_gate(d, s, 2, update, row, exists, column, inside)
+        mean, inverse = _moments(d, s, l.mix, kept, B, sequence, exists, i == 0)
+        reset = _block_gate(w, l, d, s, 0, mean, inverse, block, kept, exists, column, inside)
+        candidate = _block_gate(w, l, d, s, 1, mean, inverse, block, kept, exists, column, inside)
+        update = _block_gate(w, l, d, s, 2, mean, inverse, block, kept, exists, column, inside)
+        _keep_gate(d, s, 0, reset, kept, exists, column, inside)
+        _keep_gate(d, s, 1, candidate, kept, exists, column, inside)
+        _keep_gate(d, s, 2, update, kept, exists, column, inside)
         h = _gru_update(reset, candidate, update, h)
     _put_deter(d, s, h, t, T, B, row, sequence, exists, column, inside)
 
 
 @triton.jit
-def _gru_input(w, l, d, s, k: tl.constexpr, mean, inverse, row, exists, column, inside):
+def _gru_input(w, l, d, s, k: tl.constexpr, mean, inverse, kept, exists, column, inside):
     acc = tl.zeros((s.ROWS, s.COLUMNS), tl.float32)
     acc = _bias(acc, w.gates_bias + k * s.D, column, inside)
     weight = w.gates + k * s.D * s.U
-    return _product_of_layer(acc, d, s, l.stoch, mean, inverse, 0, s.U, row, exists, weight, 1, column, inside, s.U)
+    return _product_of_layer(acc, d, s, l.stoch, mean, inverse, 0, s.U, kept, exists, weight, 1, column, inside, s.U)
 
 
 @triton.jit
@@ -556,14 +652,14 @@ def _gru_hidden(w, s, k: tl.constexpr, previous, sequence, exists, column, insid
 
 
 @triton.jit
-def _gru_gate(w, l, d, s, k: tl.constexpr, mean, inverse, previous, row, sequence, exists, column, inside):
-    return _gru_input(w, l, d, s, k, mean, inverse, row, exists, column, inside) + _gru_hidden(
+def _gru_gate(w, l, d, s, k: tl.constexpr, mean, inverse, previous, kept, sequence, exists, column, inside):
+    return _gru_input(w, l, d, s, k, mean, inverse, kept, exists, column, inside) + _gru_hidden(
         w, s, k, previous, sequence, exists, column, inside
     )
 
 
 @triton.jit
-def _block_gate(w, l, d, s, k: tl.constexpr, mean, inverse, block, row, exists, column, inside):
+def _block_gate(w, l, d, s, k: tl.constexpr, mean, inverse, block, kept, exists, column, inside):
     """Gates lie per block: (G, 3, D/G), their weights (G, D/G, 3·D/G) with the inputs first."""
     size: tl.constexpr = s.D // s.blocks
     at = (2 * block + k) * size + column
@@ -571,27 +667,44 @@ def _block_gate(w, l, d, s, k: tl.constexpr, mean, inverse, block, row, exists, 
     acc = _bias(acc, w.gates_bias, at, inside)
     weight = w.gates + block * size * 3 * size + k * size
     return _product_of_layer(
-        acc, d, s, l.mix, mean, inverse, block * size, size, row, exists, weight, 3 * size, column - block * size,
+        acc, d, s, l.mix, mean, inverse, block * size, size, kept, exists, weight, 3 * size, column - block * size,
         inside, 1,
     )  # fmt: skip
 
 
 @triton.jit
-def head(w, l, d, s, t, tile, B, i):
-    """The first layer of the posterior, or, without an embedding, of a prior."""
+def head(weight, width: tl.constexpr, layer, d, s, t, tile, B, i):
+    """The first layer of the posterior or prior, from `width` inputs, the first of which are h."""
     sequence, exists, row = _rows_of(t, tile, B, s)
-    column, inside, count, _ = _tile(i, s.V, 1, s.COLUMNS)
-    acc = _bias(tl.zeros((s.ROWS, s.COLUMNS), tl.float32), l.head.bias, column, inside)
+    kept = _kept_row(s, row, sequence)
+    column, inside, count, _ = _tile(i, layer.size, 1, s.COLUMNS)
+    acc = _bias(tl.zeros((s.ROWS, s.COLUMNS), tl.float32), layer.bias, column, inside)
     if d.embeds is not None:
-        acc += _load(d.embeds, row, s.V, column, exists[:, None] & inside[None, :])
-    acc = _product(acc, s, d.deter, row, s.D, exists, s.D, w.head, 1, column, inside, s.head_row)
-    _enter(d, s, l.head, i, acc, row, B, sequence, exists, column, inside, count)
+        acc += _load(d.embeds, row, layer.size, column, exists[:, None] & inside[None, :])
+    acc = _product(acc, s, d.deter, row, s.D, exists, s.D, weight, 1, column, inside, width)
+    _enter(d, s, layer, i, acc, kept, B, sequence, exists, column, inside, count)
 
 
 @triton.jit
-def _statistics(w, l, d, s, mean, inverse, row, exists, column, inside, COLUMNS: tl.constexpr, size: tl.constexpr):
+def next_layer(weight, layer, before, d, s, t, tile, B, i):
+    """Of a prior or policy, from the one before."""
+    sequence, exists, row = _rows_of(t, tile, B, s)
+    kept = _kept_row(s, row, sequence)
+    column, inside, count, _ = _tile(i, layer.size, 1, s.COLUMNS)
+    acc = _bias(tl.zeros((s.ROWS, s.COLUMNS), tl.float32), layer.bias, column, inside)
+    mean, inverse = _moments(d, s, before, kept, B, sequence, exists, i == 0)
+    acc = _product_of_layer(
+        acc, d, s, before, mean, inverse, 0, before.size, kept, exists, weight, 1, column, inside, before.size
+    )
+    _enter(d, s, layer, i, acc, kept, B, sequence, exists, column, inside, count)
+
+
+@triton.jit
+def _statistics(
+    w, l, d, s, mean, inverse, row, kept, exists, column, inside, COLUMNS: tl.constexpr, size: tl.constexpr
+):
     acc = _bias(tl.zeros((s.ROWS, COLUMNS), tl.float32), w.out_bias, column, inside)
-    acc = _product_of_layer(acc, d, s, l.head, mean, inverse, 0, s.V, row, exists, w.out, 1, column, inside, s.V)
+    acc = _product_of_layer(acc, d, s, l.head, mean, inverse, 0, s.V, kept, exists, w.out, 1, column, inside, s.V)
     _store(d.statistics, row, size, column, exists[:, None] & inside[None, :], acc)
     return acc
 
@@ -600,26 +713,31 @@ def _statistics(w, l, d, s, mean, inverse, row, exists, column, inside, COLUMNS:
 def sample(w, l, d, s, t, T, tile, B, i):
     """The statistics, and z."""
     sequence, exists, row = _rows_of(t, tile, B, s)
-    mean, inverse = _moments(d, s, l.head, row, B, sequence, exists, i == 0)
+    kept = _kept_row(s, row, sequence)
+    mean, inverse = _moments(d, s, l.head, kept, B, sequence, exists, i == 0)
     if s.classes == 0:
         column, inside, _, _ = _tile(i, s.stoch, 1, s.COLUMNS)
         both = exists[:, None] & inside[None, :]
-        z = _statistics(w, l, d, s, mean, inverse, row, exists, column, inside, s.COLUMNS, 2 * s.stoch)
-        raw = _statistics(w, l, d, s, mean, inverse, row, exists, column + s.stoch, inside, s.COLUMNS, 2 * s.stoch)
+        z = _statistics(w, l, d, s, mean, inverse, row, kept, exists, column, inside, s.COLUMNS, 2 * s.stoch)
+        raw = _statistics(
+            w, l, d, s, mean, inverse, row, kept, exists, column + s.stoch, inside, s.COLUMNS, 2 * s.stoch
+        )
         std = tl.maximum(raw, 0.0) + tl.log(1 + tl.exp(-tl.abs(raw))) + s.min_std
         z += std * _load(d.noise, row, s.stoch, column, both)
         _store(d.stoch, row, s.stoch, column, both, z)
-        resets = _resets(d.is_first, row + B, exists & (t + 1 < T))
-        z = tl.where(resets[:, None], _vector(d.stoch_start, column, inside)[None, :], z)
+        if d.is_first is not None:
+            resets = _resets(d.is_first, row + B, exists & (t + 1 < T))
+            z = tl.where(resets[:, None], _vector(d.stoch_start, column, inside)[None, :], z)
         _store(d.stoch_first, sequence, s.stoch, column, both, z)
     else:
+        i = _hidden(i)
         lane = tl.arange(0, s.VARIABLES * s.CLASSES)
         variable = i * s.VARIABLES + lane // s.CLASSES
         column = variable * s.classes + lane % s.CLASSES
         is_class = lane % s.CLASSES < s.classes
         inside = is_class & (variable < s.stoch)
         Z: tl.constexpr = s.stoch * s.classes
-        logits = _statistics(w, l, d, s, mean, inverse, row, exists, column, inside, s.VARIABLES * s.CLASSES, Z)
+        logits = _statistics(w, l, d, s, mean, inverse, row, kept, exists, column, inside, s.VARIABLES * s.CLASSES, Z)
         logits = tl.where(is_class[None, :], logits, float("-inf"))
         p = _softmax(logits, s)
         p = p * (1 - s.unimix) + s.unimix / s.classes
@@ -641,6 +759,66 @@ def _softmax(logits, s):
     logits = tl.reshape(logits, (s.ROWS, s.VARIABLES, s.CLASSES))
     e = tl.exp(logits - tl.max(logits, 2)[:, :, None])
     return e / tl.sum(e, 2)[:, :, None]
+
+
+@triton.jit
+def policy(p, layer, d, s, t, tile, B, i):
+    """Its first layer, of the state before the step."""
+    sequence, exists, row = _rows_of(t, tile, B, s)
+    kept = _kept_row(s, row, sequence)
+    column, inside, count, _ = _tile(i, layer.size, 1, s.COLUMNS)
+    width: tl.constexpr = s.D + s.stoch * (s.classes if s.classes > 0 else 1)
+    acc = _bias(tl.zeros((s.ROWS, s.COLUMNS), tl.float32), layer.bias, column, inside)
+    previous = d.previous + (t % 2) * B * s.D
+    acc = _product(acc, s, previous, sequence, s.D, exists, s.D, p.weights[0], 1, column, inside, width)
+    if s.classes > 0:
+        acc = _picked(acc, p.stoch, p.stoch_first, None, d, s, layer.size, t, row, B, sequence, exists, column, inside)
+    else:
+        weight = p.weights[0] + s.D
+        acc = _product(acc, s, d.stoch_first, sequence, s.stoch, exists, s.stoch, weight, 1, column, inside, width)
+    _enter(d, s, layer, i, acc, kept, B, sequence, exists, column, inside, count)
+
+
+@triton.jit
+def _action_statistics(p, d, s, layer, start: tl.constexpr, mean, inverse, kept, exists, column, inside):
+    acc = _bias(tl.zeros((s.ROWS, p.LANES), tl.float32), p.out_bias + start, column, inside)
+    weight = p.out + start * layer.size
+    return _product_of_layer(
+        acc, d, s, layer, mean, inverse, 0, layer.size, kept, exists, weight, 1, column, inside, layer.size
+    )
+
+
+@triton.jit
+def draw(p, layer, d, s, t, tile, B):
+    """The action: to the result, and as its layer reads it."""
+    sequence, exists, row = _rows_of(t, tile, B, s)
+    kept = _kept_row(s, row, sequence)
+    mean, inverse = _moments(d, s, layer, kept, B, sequence, exists, True)
+    column = _hidden(0) + tl.arange(0, p.LANES)
+    inside = column < s.A
+    both = exists[:, None] & inside[None, :]
+    first = _action_statistics(p, d, s, layer, 0, mean, inverse, kept, exists, column, inside)
+    if p.dist == CATEGORICAL:
+        logits = tl.where(inside[None, :], first, float("-inf"))
+        e = tl.exp(logits - tl.max(logits, 1)[:, None])
+        share = e / tl.sum(e, 1)[:, None] * (1 - p.unimix) + p.unimix / s.A
+        time = tl.where(inside[None, :], _load(p.noise, row, s.A, column, both), float("inf"))
+        action = tl.where(column[None, :] == tl.argmin(time / share, 1)[:, None], 1.0, 0.0)
+    else:
+        raw = _action_statistics(p, d, s, layer, s.A, mean, inverse, kept, exists, column, inside)
+        if p.dist == BOUNDED_NORMAL:
+            center = _tanh(first)
+            std = (p.max_std - p.min_std) * _sigmoid(raw + 2) + p.min_std
+        else:
+            center = 5 * _tanh(first / 5)
+            raw += 4.993239250550511  # softplus⁻¹(5)
+            std = tl.maximum(raw, 0.0) + tl.log(1 + tl.exp(-tl.abs(raw))) + 1e-4
+        action = center + std * _load(p.noise, row, s.A, column, both)
+        if p.dist == TANH_NORMAL:
+            action = _tanh(action)
+    _store(p.action, row, s.A, column, both, action)
+    if s.cell == BLOCK_GRU:
+        _store(d.action, row, s.A, column, both, action / tl.maximum(tl.abs(action), 1.0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -687,6 +865,7 @@ def statistics_back(w, l, g, s, t, T, tile, B, i):
         _put_statistics(g, s, acc, row, 2 * s.stoch, column, both)
         _put_statistics(g, s, of_raw, row, 2 * s.stoch, column + s.stoch, both)
     else:
+        i = _hidden(i)
         lane = tl.arange(0, s.VARIABLES * s.CLASSES)
         variable = i * s.VARIABLES + lane // s.CLASSES
         column = variable * s.classes + lane % s.CLASSES

@@ -160,7 +160,7 @@ class Backend:
     Attributes:
         name: "cpu" or "triton".
         forward: as `Op.schema`, without autograd.
-        backward: as `Op.backward_schema`.
+        backward: as `Op.backward_schema`; None if it refuses every call that wants a gradient.
         refuse: why it cannot take these arguments; an empty string when it can.
         plan: what it would launch for these arguments, in a few words.
         slower: why the reference is faster for arguments that it can take, so that only force brings it; else "".
@@ -168,7 +168,7 @@ class Backend:
 
     name: str
     forward: Callable[..., Any]
-    backward: Callable[..., Any]
+    backward: Callable[..., Any] | None
     refuse: Callable[..., str]
     plan: Callable[..., str]
     slower: Callable[..., str] = lambda *args: ""
@@ -310,7 +310,8 @@ class Op:
         for key, backend_name in (("CPU", "cpu"), ("CUDA", "triton")):
             if backend_name in self.backends:
                 _library.impl(self.name, self.backends[backend_name].forward, key)
-                _library.impl(f"{self.name}_backward", self.backends[backend_name].backward, key)
+                if self.backends[backend_name].backward is not None:
+                    _library.impl(f"{self.name}_backward", self.backends[backend_name].backward, key)
         torch.library.register_fake(forward_name, fake, lib=_library)
         torch.library.register_fake(backward_name, backward_fake, lib=_library)
         registered_backward = getattr(torch.ops.phyxdream, f"{self.name}_backward").default

@@ -5,7 +5,8 @@
     z_t ~ p(statistics_t), drawn by the given noise
 
 The equations of the cells and policies are in phyxdream/ops/rssm_cells.py. C++ in csrc/rssm_scan.cpp, called by
-phyxdream/ops/rssm_imagine_cpu.py.
+phyxdream/ops/rssm_imagine_cpu.py; Triton, without gradient, in kernels/rssm_imagine.py, called by
+phyxdream/ops/rssm_imagine_triton.py.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from phyxdream.ops import rssm_cells, rssm_cpu, rssm_imagine_cpu
+from phyxdream.ops import rssm_cells, rssm_cpu, rssm_imagine_cpu, rssm_imagine_triton
 from phyxdream.ops.backend import Backend, Op
 from phyxdream.ops.rssm_cells import CELLS, POLICIES, CellWeights, HeadWeights, LayerWeights, Options, Sizes
 from phyxdream.ops.rssm_contract import (
@@ -370,6 +371,20 @@ def _cpu_plan(*args):
     return rssm_cpu.plan(args[0].shape[1], rssm_cpu.threads(args[0].shape[1], args[_TENSORS]))
 
 
+def _triton_forward(*args):
+    return rssm_imagine_triton.forward(_fake(*args), args[:_TENSORS], *_split(args[_TENSORS:]))
+
+
+def _triton_refuse(*args):
+    *_, options, policy_options = _split(args[_TENSORS:])
+    acts = [options.act, *([policy_options.act] if policy_options else [])]
+    return rssm_imagine_triton.refuse(args[0], args[3], acts, policy_options, keep_tape=args[-1])
+
+
+def _triton_plan(*args):
+    return rssm_imagine_triton.plan(args[0], rssm_imagine_triton.model_of(args[:_TENSORS], *_split(args[_TENSORS:])))
+
+
 def _make(name):
     return Op(
         name,
@@ -381,7 +396,10 @@ def _make(name):
         backward_fake=_fake_backward,
         save=_save,
         backward=_backward,
-        backends=(Backend("cpu", _cpu_forward, _cpu_backward, _cpu_refuse, _cpu_plan, _cpu_slower),),
+        backends=(
+            Backend("cpu", _cpu_forward, _cpu_backward, _cpu_refuse, _cpu_plan, _cpu_slower),
+            Backend("triton", _triton_forward, None, _triton_refuse, _triton_plan),
+        ),
     )
 
 

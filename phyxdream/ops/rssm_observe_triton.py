@@ -33,7 +33,8 @@ class Model:
     """The sizes of a call, and where a row (tape_row) of its tape (T·B rows) has the values of each layer.
 
     `layers` maps a layer to (start, size) in the order of the step; behind its values, a norm has mean and 1/σ. `gates`
-    is where those of a cell without a norm of its gates start: four of D for `gru`, three for `block_gru`.
+    is where those of a cell without a norm of its gates start: four of D for `gru`, three for `block_gru`. A is 0 where
+    all actions are embedded beforehand. Without a tape (`taped`), B rows hold what one step needs.
     """
 
     cell: str
@@ -50,6 +51,12 @@ class Model:
     layers: dict[str, tuple[int, int]]
     gates: int
     tape_row: int
+    A: int = 0
+    taped: bool = True
+
+    def act(self, layer: str) -> str:
+        """Its activation."""
+        return self.options.act
 
 
 def model_of(
@@ -88,21 +95,29 @@ def plan(embed: Tensor, model: Model) -> str:
     return str(kernels.plan(model, embed.dtype in HALF, kernels.processors(embed.device)))
 
 
-def _weights(model, cell, posterior):
+def cell_weights(model: Model, cell: CellWeights) -> dict[str, Tensor | None]:
     """By the names of the kernels' `Weights` and, with the part, `Layers`."""
-    names = ("in_stoch", "in_deter", "mix_deter", "mix_inputs", "gates", "gates_bias", "hidden_gates", "hidden_bias")
+    names = ("in_stoch", "in_action", "in_deter", "mix_deter", "mix_inputs", "gates", "gates_bias", "hidden_gates")
+    names += ("hidden_bias",)
     named = {name: getattr(cell, name, None) for name in names}
     if model.cell == "gru":
         named |= {"gates": cell.input_gates, "gates_bias": cell.input_bias}
     if model.classes:
         named["in_stoch"] = cell.in_stoch.t()
-    sources = {"stoch": "in_stoch" if model.cell == "block_gru" else "in", "deter": "in_deter", "head": "in"}
+    sources = {"stoch": "in_stoch" if model.cell == "block_gru" else "in", "deter": "in_deter", "action": "in_action"}
     for layer, part in itertools.product(model.layers, ("bias", "gain", "shift")):
-        owner = posterior if layer == "head" else cell
-        named[f"{layer}_{part}"] = getattr(owner, f"{sources.get(layer, layer)}_{part}", None)
+        named[f"{layer}_{part}"] = getattr(cell, f"{sources.get(layer, layer)}_{part}", None)
+    return named
+
+
+def _weights(model, cell, posterior):
+    named = cell_weights(model, cell)
     # These came in with the action or the embedding.
-    named |= dict.fromkeys(("head_bias", "mix_bias", *(() if model.cell == "block_gru" else ("stoch_bias",))))
-    named |= {"head": posterior.in_weight, "out": posterior.out_weight, "out_bias": posterior.out_bias}
+    named |= dict.fromkeys(("in_action", "head_bias", "mix_bias"))
+    if model.cell != "block_gru":
+        named["stoch_bias"] = None
+    named |= {"head_gain": posterior.in_gain, "head_shift": posterior.in_shift, "head": posterior.in_weight}
+    named |= {"out": posterior.out_weight, "out_bias": posterior.out_bias}
     return {name: None if x is None else x.contiguous() for name, x in named.items()}
 
 
@@ -173,6 +188,7 @@ def forward(
         )
         memory = kernels.Memory(
             from_action,
+            None,
             embeds,
             is_first.contiguous().view(torch.uint8),
             (rssm_cells.arrival_times(noise.float()) if categorical else noise).contiguous(),

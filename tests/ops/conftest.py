@@ -5,10 +5,14 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 # Shared memory a block may use, by compute capability (CUDA C++ Programming Guide, table of technical specifications).
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -23,9 +27,9 @@ class Resources:
     registers: int  # a thread
     stack: int  # bytes a thread; more than 0 means that registers were spilled
 
-    def assert_fits(self, stack: int = 0) -> None:
+    def assert_fits(self) -> None:
         assert self.shared <= SHARED_MEMORY[self.arch], self
-        assert self.stack <= stack, self
+        assert self.stack == 0, self
 
 
 @pytest.fixture(params=sorted(SHARED_MEMORY), ids="sm_{}".format)
@@ -70,6 +74,53 @@ def compile_ahead(request, tmp_path):
         return Resources(request.param, compiled.metadata.shared, registers, stack)
 
     return compile_kernel
+
+
+TRITON_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.uint8: "*u8"}
+
+
+@pytest.fixture
+def assert_launches_fit(compile_ahead):
+    """`assert_launches_fit(call, module, kernel)`: every launch of that kernel that a call makes, as on an H200.
+
+    The call runs on tensors without memory, and none of the module's kernels is launched.
+    """
+
+    def type_of(value):
+        if isinstance(value, tuple):
+            fields = map(type_of, value)
+            return type(value)(*fields) if hasattr(value, "_fields") else tuple(fields)
+        return TRITON_TYPES[value.dtype] if isinstance(value, torch.Tensor) else value
+
+    def check(call, module, kernel):
+        launches = []
+
+        class Recorded:
+            def __init__(self, name):
+                self.name = name
+
+            def __getitem__(self, grid):
+                return lambda *args, **options: launches.append((args, options)) if self.name == kernel else None
+
+        function = getattr(module, kernel)
+        with FakeTensorMode(), ExitStack() as patches:
+            for name in [name for name in vars(module) if name.endswith("_kernel")]:
+                patches.enter_context(mock.patch.object(module, name, Recorded(name)))
+            patches.enter_context(mock.patch.object(module, "processors", lambda device: 132))
+            call()
+        seen = set()
+        for given, options in launches:
+            constants = {name: options.pop(name) for name in ("PHASE", "LAYER", "GRID") if name in options}
+            if tuple(constants.values()) in seen:
+                continue  # another step
+            seen.add(tuple(constants.values()))
+            types = dict(zip(function.arg_names, map(type_of, given), strict=False))
+            types |= {name: "i32" for name in ("T", "B", "first", "last")} | constants
+            options.pop("launch_cooperative_grid", None)
+            compile_ahead(function, types, **options).assert_fits()
+        assert seen
+
+    return check
 
 
 @pytest.fixture

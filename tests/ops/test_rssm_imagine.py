@@ -1,4 +1,4 @@
-"""The imagine scan: what its reference must do, and C++ against it.
+"""The imagine scan: what its reference must do, and C++ and Triton against it.
 
 What the modules make of it is in tests/nn/test_rssm.py.
 """
@@ -7,6 +7,7 @@ import importlib
 import itertools
 import math
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -102,6 +103,13 @@ class Case:
         if self.loop != "open":
             options["dist"] = self.loop
         return (first, inputs["deter"], inputs["stoch"], self.noise, cell, *heads), options
+
+    def to(self, *args):
+        """Of another dtype or on another device."""
+        for group in (self.tensors, self.weights):
+            group.update({k: None if x is None else x.to(*args) for k, x in group.items()})
+        self.noise, self.action_noise = self.noise.to(*args), self.action_noise.to(*args)
+        return self
 
     @property
     def function(self):
@@ -363,6 +371,147 @@ def test_the_number_of_threads_changes_no_bit(B):
             assert_same(case.run("cpu"), expected, 0.0)
     finally:
         torch.set_num_threads(before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Triton.
+
+
+def results(case, backend, shape=None, **options):
+    """Without gradient, by name."""
+    kernels = importlib.import_module("phyxdream.kernels.rssm_observe")
+    chosen = kernels.choose_shape if shape is None else lambda *args: shape
+    with mock.patch.object(kernels, "choose_shape", chosen), ops.use_backend(backend), torch.no_grad():
+        return {f"result {i}": x for i, x in enumerate(case.call(**options))}
+
+
+def check_loops_in_the_interpreter():
+    for kind, latent, loop in KINDS:
+        case = Case(kind, LATENTS[latent], loop, H=2, dtype=torch.float32)
+        assert_same(results(case, "triton", "tile"), results(case, "reference"))
+
+
+def check_shapes_in_the_interpreter():
+    """Beside one program: the phases one by one, with a program per tile, and one program that meets itself."""
+    odd = dict(D=34, U=19, V=(33,), W=(18, 3, 40), latent=(3, 17), A=1, H=2, B=17, dtype=torch.float32)
+    small = dict(D=6, U=5, V=(4, 35, 3), W=(5,), latent=(20, 2), A=19, H=2, blocks=3, dtype=torch.float32)
+    for kind in CELLS:
+        case, options = Case(kind, loop="tanh_normal", norm="layer", **odd), dict(act="relu", policy_act="elu")
+        assert_same(results(case, "triton", "split", **options), results(case, "reference", **options))
+        case, options = Case(kind, loop="categorical", norm="rms", **small), dict(unimix=0.0, policy_unimix=0.3)
+        assert_same(results(case, "triton", "persistent", **options), results(case, "reference", **options))
+    options = dict(policy_min_std=0.3, policy_max_std=2.5, min_std=0.7, rms_eps=0.1, policy_unimix=0.0)
+    for loop in ("categorical", "bounded_normal"):
+        case = Case("block_gru", (5,), loop, H=1, B=1, dtype=torch.float32)
+        assert_same(results(case, "triton", "split", **options), results(case, "reference", **options))
+
+
+def check_what_else_triton_takes_in_the_interpreter():
+    case = Case("block_gru", loop="bounded_normal", H=2, dtype=torch.float32)
+    for name in case.weights:
+        if name.endswith("bias") and name.split(".")[-1] not in NEEDED:
+            case.weights[name] = None
+    case.tensors = {k: x.movedim(0, -1).contiguous().movedim(-1, 0) for k, x in case.tensors.items()}
+    case.action_noise = case.action_noise.transpose(0, 1).contiguous().transpose(0, 1)
+    assert_same(results(case, "triton", "tile"), results(case, "reference"))  # no biases, other strides
+
+    # float16 rounds at 2⁻¹¹ what enters every product; the interpreter knows no bfloat16.
+    case = Case("layernorm_gru", (5,), "bounded_normal", H=2, dtype=torch.float32).to(torch.float16)
+    got = results(case, "triton", "tile")
+    assert all(x.dtype is torch.float16 for x in got.values())
+    expected = results(case.to(torch.float32), "reference")
+    assert_same({k: x.float() for k, x in got.items()}, expected, 5e-3)
+
+    case = Case(loop="categorical", dtype=torch.float32)
+    args, keywords = case.arguments()
+    with ops.use_backend("triton"):
+        reasons = ops.explain(ops.rssm_imagine_policy, *args, **keywords).reasons["triton"]
+        assert "tile scan: 1 program of 32 features for each of 1 tiles of 16 sequences" in reasons
+        with pytest.raises(BackendError, match="it has no backward"):
+            case.call({k: x.clone().requires_grad_() for k, x in case.inputs.items()})
+        with pytest.raises(BackendError, match="activations silu, elu, relu, not tanh"):
+            case.call(policy_act="tanh")
+        with pytest.raises(BackendError, match=r"at most 256 actions; action_noise is \(4, 3, 300\)"):
+            Case(loop="categorical", A=300, dtype=torch.float32).call()
+
+
+@pytest.mark.parametrize(
+    "check",
+    [check_loops_in_the_interpreter, check_shapes_in_the_interpreter, check_what_else_triton_takes_in_the_interpreter],
+)
+def test_triton_in_the_interpreter(run_interpreted, check):
+    run_interpreted(check)
+
+
+# V1, then early V3, then V3's sizes 12M and 50M, each with its actor.
+MODELS = {
+    "V1": dict(kind="gru", loop="tanh_normal", D=200, U=200, V=(200,), W=(400,) * 4, latent=(30,)),
+    "512": dict(kind="layernorm_gru", loop="categorical", D=512, U=512, V=(512,), W=(512,) * 3, latent=(32, 32)),
+    "12M": dict(kind="block_gru", loop="bounded_normal", D=2048, U=256, V=(256,) * 2, W=(256,) * 3, latent=(32, 16),
+                blocks=8),
+    "50M": dict(kind="block_gru", loop="bounded_normal", D=4096, U=512, V=(512,) * 2, W=(512,) * 3, latent=(32, 32),
+                blocks=8),
+}  # fmt: skip
+
+
+def assert_compiles_and_fits(assert_launches_fit, dtype, **sizes):
+    kernels = pytest.importorskip("phyxdream.kernels.rssm_imagine")
+
+    def call():
+        args, keywords = Case(H=15, B=1024, A=6, dtype=dtype, **sizes).arguments()
+        with torch.no_grad():
+            op._triton_forward(*op._prepare(*args, **keywords))
+
+    assert_launches_fit(call, kernels, "imagine_kernel")
+
+
+def test_triton_compiles_and_fits(assert_launches_fit):
+    """The largest in one kernel."""
+    assert_compiles_and_fits(assert_launches_fit, torch.bfloat16, **MODELS["V1"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("model", MODELS)
+def test_triton_compiles_and_fits_at_all_sizes(assert_launches_fit, model, dtype):
+    assert_compiles_and_fits(assert_launches_fit, dtype, **MODELS[model])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("shape", ["tile", "persistent", "split"])
+@pytest.mark.parametrize(("kind", "latent", "loop"), KINDS)
+def test_triton_on_a_gpu(kind, latent, loop, shape):
+    odd = dict(D=136, U=70, V=(33, 20), W=(50, 40), A=5, B=19, H=7)
+    large = dict(D=512, U=256, V=(320,), W=(400,), A=6, B=128, H=5, blocks=8)
+    for sizes in ({}, odd, large):
+        classes = (12, 17) if latent == "categorical" else (30,)
+        case = Case(kind, classes, loop, dtype=torch.float32, **sizes).to("cuda")
+        expected = results(case, "reference")
+        assert_same(results(case, "triton", shape), expected)
+        # bfloat16 rounds at 2⁻⁸, and so draws other classes now and then: only Gaussians stay near.
+        if latent == "gaussian" and loop in ("open", "bounded_normal"):
+            got = results(case.to(torch.bfloat16), "triton", shape)
+            assert_same({k: x.float() for k, x in got.items()}, expected, 5e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("shape", ["tile", "persistent", "split"])
+def test_triton_in_a_cuda_graph(shape):
+    case = Case("block_gru", loop="categorical", H=5, B=16, D=64, U=32, dtype=torch.float32).to("cuda")
+    expected = results(case, "reference")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        results(case, "triton", shape)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = results(case, "triton", shape)
+    for _ in range(2):
+        for x in got.values():
+            x.zero_()
+        graph.replay()
+        assert_same(got, expected)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
