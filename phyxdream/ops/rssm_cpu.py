@@ -41,7 +41,7 @@ def refuse(x: Tensor, *acts: str) -> str:
 def slower(T: int, B: int, weights: Iterable[Tensor | None]) -> str:
     """Why the reference is faster, for few steps of few sequences."""
     fewest = 2 if _size(weights) >= _MANY_WEIGHTS else 4
-    if T < _MANY_STEPS and B < fewest:
+    if T < _MANY_STEPS and B in range(fewest):
         return f"with fewer than {_MANY_STEPS} steps of fewer than {fewest} sequences, most lanes of a group are empty"
     return ""
 
