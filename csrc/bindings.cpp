@@ -7,6 +7,7 @@ PYBIND11_MODULE(_C, module) {
   phyx::bind_matmul(module);
   phyx::bind_rms_norm_silu(module);
   phyx::bind_rssm_observe(module);
+  phyx::bind_slot_attention(module);
   phyx::bind_two_hot_loss(module);
   phyx::bind_replay(module);
 }

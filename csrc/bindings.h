@@ -8,6 +8,7 @@ void bind_lambda_return(pybind11::module_& module);
 void bind_matmul(pybind11::module_& module);
 void bind_rms_norm_silu(pybind11::module_& module);
 void bind_rssm_observe(pybind11::module_& module);
+void bind_slot_attention(pybind11::module_& module);
 void bind_two_hot_loss(pybind11::module_& module);
 void bind_replay(pybind11::module_& module);
 }  // namespace phyx

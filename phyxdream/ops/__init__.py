@@ -6,6 +6,7 @@ from phyxdream.ops.lambda_return import lambda_return
 from phyxdream.ops.rms_norm_silu import rms_norm_silu
 from phyxdream.ops.rssm_cells import BlockGRUWeights, GRUWeights, LayerNormGRUWeights, PosteriorWeights
 from phyxdream.ops.rssm_observe import rssm_observe
+from phyxdream.ops.slot_attention import SlotAttentionWeights, slot_attention
 from phyxdream.ops.two_hot_loss import two_hot_loss, two_hot_mean
 
 __all__ = [
@@ -14,12 +15,14 @@ __all__ = [
     "GRUWeights",
     "LayerNormGRUWeights",
     "PosteriorWeights",
+    "SlotAttentionWeights",
     "balanced_kl",
     "balanced_kl_gaussian",
     "explain",
     "lambda_return",
     "rms_norm_silu",
     "rssm_observe",
+    "slot_attention",
     "two_hot_loss",
     "two_hot_mean",
     "use_backend",
