@@ -20,7 +20,6 @@
 #include "parallel.h"
 #include "rows.h"
 #include "simd.h"
-#include "transpose.h"
 
 namespace py = pybind11;
 
@@ -75,6 +74,27 @@ struct Block {
 
   PHYX_INLINE float of_row(const Operand& x, int l) const { return x.data[row_of[l] * x.stride]; }
 };
+
+// to = a0 b0 c0 d0 a1 b1 c1 d1 ...
+PHYX_INLINE void zip(float* __restrict to, const float* a, const float* b, const float* c, const float* d,
+                     int64_t size) {
+  for (int64_t i = 0; i < size; ++i) {
+    to[4 * i] = a[i];
+    to[4 * i + 1] = b[i];
+    to[4 * i + 2] = c[i];
+    to[4 * i + 3] = d[i];
+  }
+}
+
+PHYX_INLINE void unzip(float* __restrict a, float* __restrict b, float* __restrict c, float* __restrict d,
+                       const float* __restrict from, int64_t size) {
+  for (int64_t i = 0; i < size; ++i) {
+    a[i] = from[4 * i];
+    b[i] = from[4 * i + 1];
+    c[i] = from[4 * i + 2];
+    d[i] = from[4 * i + 3];
+  }
+}
 
 // Element i of vector l goes to [i * kLanes + l]: with l = 4 m + n, zipping by m, then by n.
 PHYX_INLINE void load(float* to, float* spare, const Block& block, const Operand& operand, int64_t size) {

@@ -15,7 +15,6 @@
 
 #include "bindings.h"
 #include "lanes.h"
-#include "transpose.h"
 
 namespace py = pybind11;
 
@@ -105,10 +104,24 @@ struct Tape {
   }
 };
 
-// What the backward writes of every slot and iteration: both factors of the gradients of weights, as rows.
-struct FactorRows {
-  float *query, *normed, *updates, *pooled, *gates, *hidden_gates, *from_updates, *slots, *hidden, *mlp_normed, *out,
-      *from_hidden;
+// One factor of the gradients of weights, of all slots and iterations: for every tile of features the rows, for every
+// row 16 features. So it is a panel and an input of `multiply` at once.
+struct Factor {
+  int64_t features = 0;
+  Floats panels;
+
+  Factor() = default;
+  Factor(int64_t features, int64_t rows) : features(features), panels(tiled(features) * rows) {}
+};
+
+struct Factors {
+  Factor query, normed, updates, pooled, gates, hidden_gates, from_updates, slots, hidden, mlp_normed, out, from_hidden;
+};
+
+// The gradient of a weight (outputs, inputs), to which it is added, and of the bias, if there is one.
+struct WeightGradient {
+  const Factor *of_outputs, *inputs;
+  float *weight, *bias;
 };
 
 }  // namespace
@@ -136,7 +149,8 @@ struct SlotCall {
   const float *grad_slots, *grad_attention;
   float *grad_given, *grad_inputs;
   float* affine[6];               // gradients of gain and shift: slots, MLP, inputs
-  FactorRows factors;
+  Factors factors;
+  int64_t factor_rows;            // slots in whole groups, of all differentiated iterations
   Floats pooled_grad, pooled_dot; // e (rows, I) and t (rows)
   Floats tokens_grad;             // dh, (B, tiles, I rounded up, lanes)
   Floats carry;                   // gradient of the slots, (groups, D rounded up, lanes)
@@ -203,19 +217,54 @@ PHYX_INLINE void copy(float* to, const float* from, int64_t features) {
   std::memcpy(to, from, sizeof(float) * features * kLanes);
 }
 
-// Between rows and lanes; lanes without a row read as 0 and are not written. `spare` holds (features, lanes).
-PHYX_INLINE void read_rows(float* to, float* spare, const float* rows, int64_t stride, int lanes, int64_t features) {
-  if (lanes == kLanes)
-    lanes_of_rows(to, spare, rows, stride, features);
-  else
-    from_rows(to, rows, stride, lanes, static_cast<int>(features));
+#if defined(__GNUC__) && !defined(__clang__)
+// Exchanges what is off the diagonal of every square of twice `kSide`.
+template <int kSide>
+PHYX_INLINE void exchange(Vector* rows) {
+  typedef int Places __attribute__((vector_size(4 * kLanes)));
+  Places first{}, second{};
+  for (int l = 0; l < kLanes; ++l) {
+    first[l] = l & kSide ? kLanes + (l ^ kSide) : l;
+    second[l] = l & kSide ? kLanes + l : l ^ kSide;
+  }
+  for (int r = 0; r < kLanes; ++r) {
+    if (r & kSide) continue;
+    const Vector a = rows[r], b = rows[r + kSide];
+    rows[r] = __builtin_shuffle(a, b, first);
+    rows[r + kSide] = __builtin_shuffle(a, b, second);
+  }
 }
 
-PHYX_INLINE void write_rows(float* rows, int64_t stride, int lanes, float* spare, const float* from, int64_t features) {
+// to (16, 16) <- fromᵀ, in registers where there are 32.
+PHYX_INLINE void transpose(float* to, int64_t to_row, const float* from, int64_t from_row) {
+  Vector rows[kLanes];
+  for (int r = 0; r < kLanes; ++r) rows[r] = *vectors(from + r * from_row);
+  exchange<8>(rows);
+  exchange<4>(rows);
+  exchange<2>(rows);
+  exchange<1>(rows);
+  for (int r = 0; r < kLanes; ++r) *vectors(to + r * to_row) = rows[r];
+}
+#else
+PHYX_INLINE void transpose(float* to, int64_t to_row, const float* from, int64_t from_row) {
+  for (int r = 0; r < kLanes; ++r)
+    for (int l = 0; l < kLanes; ++l) to[r * to_row + l] = from[l * from_row + r];
+}
+#endif
+
+// Between rows and lanes; lanes without a row read as 0 and are not written.
+PHYX_INLINE void read_rows(float* to, const float* rows, int64_t stride, int lanes, int64_t features) {
+  int64_t f = 0;
   if (lanes == kLanes)
-    rows_of_lanes(rows, stride, spare, from, features);
-  else
-    to_rows(rows, stride, lanes, from, static_cast<int>(features));
+    for (; f + kTile <= features; f += kTile) transpose(to + f * kLanes, kLanes, rows + f, stride);
+  from_rows(to + f * kLanes, rows + f, stride, lanes, static_cast<int>(features - f));
+}
+
+PHYX_INLINE void write_rows(float* rows, int64_t stride, int lanes, const float* from, int64_t features) {
+  int64_t f = 0;
+  if (lanes == kLanes)
+    for (; f + kTile <= features; f += kTile) transpose(rows + f, stride, from + f * kLanes, kLanes);
+  to_rows(rows + f, stride, lanes, from + f * kLanes, static_cast<int>(features - f));
 }
 
 // to (count) = sums over lanes of x (count, lanes), the lanes folded in halves.
@@ -363,14 +412,13 @@ PHYX_INLINE void softmax(float* logits, const float* offset, const uint8_t* pres
 
 // tokens and 1/σ of chunks [begin, end) of (B, chunks).
 PHYX_MULTIVERSION void slot_normalise_tokens(const SlotCall& c, int64_t begin, int64_t end) {
-  const Floats spare(c.I * kLanes);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t b = item / c.chunks, first = item % c.chunks * kChunk;
     for (int64_t tile = first; tile < std::min(c.tiles, first + kChunk); ++tile) {
       float *h = c.token_tile(b, tile), *inverse = c.inverse.get() + (b * c.tiles + tile) * kLanes, mean[kLanes];
       Vector* in = vectors(h);
-      read_rows(h, spare.get(), c.inputs + b * c.inputs_element + tile * kLanes * c.inputs_token, c.inputs_token,
-                c.lanes_in(tile), c.I);
+      read_rows(h, c.inputs + b * c.inputs_element + tile * kLanes * c.inputs_token, c.inputs_token, c.lanes_in(tile),
+                c.I);
       moments(h, c.I, c.layer_eps, mean, inverse);
       const Vector centre = *vectors(mean), scale = *vectors(inverse);
       for (int64_t i = 0; i < c.I; ++i) in[i] = (in[i] - centre) * scale;
@@ -466,7 +514,6 @@ PHYX_MULTIVERSION void slot_backward_tokens(const SlotCall& c, bool last, int64_
 // From the gradients of h to those of the inputs.
 PHYX_MULTIVERSION void slot_leave_tokens(const SlotCall& c, int64_t begin, int64_t end) {
   const float share = 1.0f / static_cast<float>(c.I);
-  const Floats spare(c.I * kLanes);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t b = item / c.chunks, first = item % c.chunks * kChunk;
     for (int64_t tile = first; tile < std::min(c.tiles, first + kChunk); ++tile) {
@@ -478,7 +525,7 @@ PHYX_MULTIVERSION void slot_leave_tokens(const SlotCall& c, int64_t begin, int64
         dot += d[i] * h[i];
       }
       for (int64_t i = 0; i < c.I; ++i) d[i] = scale * (d[i] - share * (sum + h[i] * dot));
-      write_rows(c.grad_inputs + (b * c.N + tile * kLanes) * c.I, c.I, c.lanes_in(tile), spare.get(), grad, c.I);
+      write_rows(c.grad_inputs + (b * c.N + tile * kLanes) * c.I, c.I, c.lanes_in(tile), grad, c.I);
     }
   }
 }
@@ -489,7 +536,7 @@ namespace {
 // Slots.
 
 // What the chunks of a pass over the tokens summed up, for the slots of a group: (I, lanes) and (lanes).
-PHYX_INLINE void collect(const SlotCall& c, int64_t group, float* pooled, float* total, float* spare, float* sums) {
+PHYX_INLINE void collect(const SlotCall& c, int64_t group, float* pooled, float* total, float* sums) {
   const int lanes = c.rows_in(group);
   clear(total, 1);
   const float* rows = c.pooled.get() + group * kLanes * c.I;
@@ -507,7 +554,7 @@ PHYX_INLINE void collect(const SlotCall& c, int64_t group, float* pooled, float*
     }
     rows = sums;
   }
-  read_rows(pooled, spare, rows, c.I, lanes, c.I);
+  read_rows(pooled, rows, c.I, lanes, c.I);
 }
 
 // From W_kᵀq (I, lanes) to u (I, lanes) and c (lanes).
@@ -550,6 +597,19 @@ PHYX_INLINE void gru_backward(int64_t size, const float* __restrict out, const f
   }
 }
 
+PHYX_INLINE void write_factor(const SlotCall& c, const Factor& to, int64_t iteration, int64_t group, const float* from) {
+  const int64_t row = ((iteration - (c.iterations - c.taped)) * c.groups + group) * kLanes;
+  for (int64_t f = 0; f < to.features; f += kTile) {
+    float* rows = to.panels.get() + f * c.factor_rows + row * kTile;
+    if (f + kTile <= to.features) {
+      transpose(rows, kTile, from + f * kLanes, kLanes);
+    } else {
+      clear(rows, kTile);
+      to_rows(rows, kTile, kLanes, from + f * kLanes, static_cast<int>(to.features - f));
+    }
+  }
+}
+
 PHYX_INLINE bool absent(const SlotCall& c, int64_t group, int lane) {
   return c.mask && !c.mask[group * kLanes + lane];
 }
@@ -562,8 +622,7 @@ PHYX_MULTIVERSION void slot_forward_rows(const SlotCall& c, int64_t iteration, i
   const int64_t DP = tiled(D), IP = tiled(I), QP = tiled(Q), HP = tiled(H), GP = tiled(3 * D);
   const Floats slots_(most * DP * kLanes), wide_(most * IP * kLanes), updates_(most * QP * kLanes),
       gates_(2 * most * GP * kLanes), normed_(most * DP * kLanes), hidden_(most * HP * kLanes),
-      spare_(2 * std::max(DP, IP) * kLanes);
-  float* spare = spare_.get();
+      sums_(IP * kLanes);
   for (int64_t first = begin * c.side_by_side; first < std::min(c.groups, end * c.side_by_side);
        first += c.side_by_side) {
     const int count = static_cast<int>(std::min(c.side_by_side, c.groups - first));
@@ -577,12 +636,12 @@ PHYX_MULTIVERSION void slot_forward_rows(const SlotCall& c, int64_t iteration, i
     const auto hidden = [&](int g) { return hidden_.get() + g * HP * kLanes; };
     if (iteration == 0) {
       for (int g = 0; g < count; ++g)
-        read_rows(slots(g), spare, c.slots + (first + g) * kLanes * D, D, c.rows_in(first + g), D);
+        read_rows(slots(g), c.slots + (first + g) * kLanes * D, D, c.rows_in(first + g), D);
     } else {
       const auto tape = [&](int g, int64_t field) { return c.tape_at(iteration - 1, first + g, field); };
       for (int g = 0; g < count; ++g) {
         float *pooled = tape(g, c.tape.pooled), *total = tape(g, c.tape.total);
-        collect(c, first + g, pooled, total, spare, spare + IP * kLanes);
+        collect(c, first + g, pooled, total, sums_.get());
         for (int l = 0; l < kLanes; ++l)
           if (l >= c.rows_in(first + g) || absent(c, first + g, l)) total[l] = 1.0f;  // without eps, 0
         const Vector share = 1.0f / *vectors(total);
@@ -625,7 +684,7 @@ PHYX_MULTIVERSION void slot_forward_rows(const SlotCall& c, int64_t iteration, i
       const int64_t group = first + g;
       const int rows = c.rows_in(group);
       if (iteration == c.iterations) {
-        write_rows(c.slots_out + group * kLanes * D, D, rows, spare, slots(g), D);
+        write_rows(c.slots_out + group * kLanes * D, D, rows, slots(g), D);
         continue;
       }
       float *mean = c.tape_at(iteration, group, c.tape.mean), *inverse = c.tape_at(iteration, group, c.tape.inverse);
@@ -641,7 +700,7 @@ PHYX_MULTIVERSION void slot_forward_rows(const SlotCall& c, int64_t iteration, i
       float offset[kLanes], *query = wide(g);
       copy(c.tape_at(iteration, group, c.tape.query), query, I);
       ask(c, query, query, offset);
-      write_rows(c.query.get() + group * kLanes * I, I, c.rows_in(group), spare, query, I);
+      write_rows(c.query.get() + group * kLanes * I, I, c.rows_in(group), query, I);
       to_rows(c.offset.get() + group * kLanes, 1, c.rows_in(group), offset, 1);
     }
   }
@@ -654,8 +713,8 @@ PHYX_MULTIVERSION void slot_backward_rows(const SlotCall& c, int64_t iteration, 
   const int64_t DP = tiled(D), IP = tiled(I), QP = tiled(Q), HP = tiled(H), GP = tiled(3 * D);
   const Floats wide_(most * IP * kLanes), updates_(most * QP * kLanes), gates_(2 * most * GP * kLanes),
       narrow_(most * DP * kLanes), hidden_(most * HP * kLanes), out_(most * DP * kLanes),
-      spare_(3 * std::max({GP, IP, QP, HP}) * kLanes);
-  float *strands = spare_.get(), *spare = strands + std::max({GP, IP, QP, HP}) * kLanes;  // for transposing; for the rest
+      spare_(std::max(2 * DP, IP) * kLanes);
+  float* spare = spare_.get();
   for (int64_t first = begin * c.side_by_side; first < std::min(c.groups, end * c.side_by_side);
        first += c.side_by_side) {
     const int count = static_cast<int>(std::min(c.side_by_side, c.groups - first));
@@ -667,22 +726,20 @@ PHYX_MULTIVERSION void slot_backward_rows(const SlotCall& c, int64_t iteration, 
     const auto narrow = [&](int g) { return narrow_.get() + g * DP * kLanes; };
     const auto hidden = [&](int g) { return hidden_.get() + g * HP * kLanes; };
     const auto sums = [&](int g, int64_t at) { return c.affine_sums.get() + ((first + g) * (4 * D + 2 * I) + at) * kLanes; };
-    // Row of a group in the factors of weights' gradients; all 16 lanes are written, those beyond the slots as zeros
-    // in one of the two factors.
-    const auto row = [&](int64_t of, int g) { return ((of - (c.iterations - c.taped)) * c.groups + first + g) * kLanes; };
-    const auto write = [&](float* rows, int64_t of, int g, const float* from, int64_t size) {
-      write_rows(rows + row(of, g) * size, size, kLanes, strands, from, size);
+    // All 16 lanes are written, those beyond the slots as zeros in one of the two factors of a gradient.
+    const auto write = [&](const Factor& to, int64_t of, int g, const float* from) {
+      write_factor(c, to, of, first + g, from);
     };
     if (iteration == c.iterations) {
       for (int g = 0; g < count; ++g) {
         clear(carry(g), DP);
-        read_rows(carry(g), strands, c.grad_slots + (first + g) * kLanes * D, D, c.rows_in(first + g), D);
+        read_rows(carry(g), c.grad_slots + (first + g) * kLanes * D, D, c.rows_in(first + g), D);
       }
     } else {
       const auto tape = [&](int g, int64_t field) { return c.tape_at(iteration, first + g, field); };
       for (int g = 0; g < count; ++g) {
         float offset[kLanes], *query = wide(g), *gain = sums(g, 4 * D), *shift = sums(g, 4 * D + I);
-        collect(c, first + g, query, offset, strands, spare);
+        collect(c, first + g, query, offset, spare);
         const Vector *forward = vectors(tape(g, c.tape.query)), of_offset = *vectors(offset);
         for (int64_t i = 0; i < I; ++i) {
           const Vector d = vectors(query)[i];
@@ -690,10 +747,10 @@ PHYX_MULTIVERSION void slot_backward_rows(const SlotCall& c, int64_t iteration, 
           vectors(shift)[i] += of_offset * forward[i];
           vectors(query)[i] = c.inputs_gain[i] * d + c.inputs_shift[i] * of_offset;
         }
-        write(c.factors.query, iteration, g, query, I);
+        write(c.factors.query, iteration, g, query);
         const float *s = tape(g, c.tape.slots), *mean = tape(g, c.tape.mean), *inverse = tape(g, c.tape.inverse);
         normalise(spare, s, D, mean, inverse, c.slots_gain, c.slots_shift);
-        write(c.factors.normed, iteration, g, spare, D);
+        write(c.factors.normed, iteration, g, spare);
         clear(narrow(g), DP);
       }
       c.to_query.add(count, wide(0), IP * kLanes, narrow(0), DP * kLanes);
@@ -705,7 +762,7 @@ PHYX_MULTIVERSION void slot_backward_rows(const SlotCall& c, int64_t iteration, 
     }
     if (iteration == c.iterations - c.taped) {
       for (int g = 0; g < count; ++g)
-        write_rows(c.grad_given + (first + g) * kLanes * D, D, c.rows_in(first + g), strands, carry(g), D);
+        write_rows(c.grad_given + (first + g) * kLanes * D, D, c.rows_in(first + g), carry(g), D);
       continue;
     }
 
@@ -718,15 +775,15 @@ PHYX_MULTIVERSION void slot_backward_rows(const SlotCall& c, int64_t iteration, 
       for (int l = 0; l < c.rows_in(first + g); ++l)
         if (absent(c, first + g, l))
           for (int64_t i = 0; i < D; ++i) std::swap(carry(g)[i * kLanes + l], out(g)[i * kLanes + l]);
-      write(c.factors.out, before, g, out(g), D);
-      write(c.factors.hidden, before, g, tape(g, c.tape.hidden), H);
+      write(c.factors.out, before, g, out(g));
+      write(c.factors.hidden, before, g, tape(g, c.tape.hidden));
       clear(hidden(g), HP);
     }
     c.mlp_out.add(count, out(0), DP * kLanes, hidden(0), HP * kLanes);
     for (int g = 0; g < count; ++g) {
       const float* forward = tape(g, c.tape.hidden);
       for (int64_t i = 0; i < H * kLanes; ++i) hidden(g)[i] = forward[i] > 0.0f ? hidden(g)[i] : 0.0f;
-      write(c.factors.from_hidden, before, g, hidden(g), H);
+      write(c.factors.from_hidden, before, g, hidden(g));
       clear(narrow(g), DP);
     }
     c.mlp_in.add(count, hidden(0), HP * kLanes, narrow(0), DP * kLanes);
@@ -738,20 +795,20 @@ PHYX_MULTIVERSION void slot_backward_rows(const SlotCall& c, int64_t iteration, 
       for (int64_t i = 0; i < size; ++i) spare[i] = candidate[i] + update[i] * (s[i] - candidate[i]);
       float* normed = spare + size;
       normalise(normed, spare, D, mean, inverse, c.mlp_gain, c.mlp_shift);
-      write(c.factors.mlp_normed, before, g, normed, D);
+      write(c.factors.mlp_normed, before, g, normed);
       normalise_backward(narrow(g), spare, D, mean, inverse, c.mlp_gain, sums(g, 2 * D), sums(g, 3 * D));
       float *x = input_gates(g), *y = hidden_gates(g);
       gru_backward(size, out(g), narrow(g), s, reset, update, candidate, hidden_candidate, carry(g), x, y);
-      write(c.factors.gates, before, g, x, 3 * D);
-      write(c.factors.hidden_gates, before, g, y, 3 * D);
-      write(c.factors.slots, before, g, s, D);
-      write(c.factors.updates, before, g, tape(g, c.tape.updates), Q);
+      write(c.factors.gates, before, g, x);
+      write(c.factors.hidden_gates, before, g, y);
+      write(c.factors.slots, before, g, s);
+      write(c.factors.updates, before, g, tape(g, c.tape.updates));
       clear(updates(g), QP);
       clear(wide(g), IP);
     }
     c.hidden_gates.add(count, hidden_gates(0), GP * kLanes, carry(0), DP * kLanes);
     c.input_gates.add(count, input_gates(0), GP * kLanes, updates(0), QP * kLanes);
-    for (int g = 0; g < count; ++g) write(c.factors.from_updates, before, g, updates(g), Q);
+    for (int g = 0; g < count; ++g) write(c.factors.from_updates, before, g, updates(g));
     c.to_updates.add(count, updates(0), QP * kLanes, wide(0), IP * kLanes);
     for (int g = 0; g < count; ++g) {
       float *d = wide(g), *gain = sums(g, 4 * D), *shift = sums(g, 4 * D + I), dot[kLanes], offset[kLanes];
@@ -766,19 +823,51 @@ PHYX_MULTIVERSION void slot_backward_rows(const SlotCall& c, int64_t iteration, 
         sum += e * m;
       }
       *vectors(dot) = sum;
-      write(c.factors.pooled, before, g, spare, I);
+      write(c.factors.pooled, before, g, spare);
       const int64_t group = first + g;
       const int rows = c.rows_in(group);
-      write_rows(c.pooled_grad.get() + group * kLanes * I, I, rows, strands, d, I);
+      write_rows(c.pooled_grad.get() + group * kLanes * I, I, rows, d, I);
       to_rows(c.pooled_dot.get() + group * kLanes, 1, rows, dot, 1);
       ask(c, tape(g, c.tape.query), spare, offset);
-      write_rows(c.query.get() + group * kLanes * I, I, rows, strands, spare, I);
+      write_rows(c.query.get() + group * kLanes * I, I, rows, spare, I);
       to_rows(c.offset.get() + group * kLanes, 1, rows, offset, 1);
     }
   }
 }
 
 namespace {
+
+// Tiles [begin, end) of outputs, those of all weights in a row.
+void add_weight_gradients(const SlotCall& c, const std::vector<WeightGradient>& all, int64_t begin, int64_t end) {
+  const Multiply& m = multiply();
+  const int64_t rows = c.factor_rows;
+  alignas(64) float sums[2][kTile * kLanes];
+  int64_t before = 0;
+  for (const WeightGradient& w : all) {
+    const int64_t outputs = w.of_outputs->features, inputs = w.inputs->features, tiles = tiled(outputs) / kTile;
+    for (int64_t tile = std::max(begin, before); tile < std::min(end, before + tiles); ++tile) {
+      const int64_t first = (tile - before) * kTile, count = std::min<int64_t>(kTile, outputs - first);
+      const float* panel = w.of_outputs->panels.get() + first * rows;
+      for (int64_t i = 0; i < inputs; i += 2 * kTile) {
+        const float* x = w.inputs->panels.get() + i * rows;
+        const bool two = i + kTile < inputs;
+        std::memset(sums, 0, sizeof sums);
+        if (two)
+          m.two(panel, rows, x, x + kTile * rows, sums[0], sums[1]);
+        else
+          m.one(panel, rows, x, sums[0]);
+        for (int64_t o = 0; o < count; ++o)
+          for (int64_t j = i; j < std::min(inputs, i + 2 * kTile); ++j)
+            w.weight[(first + o) * inputs + j] += sums[(j - i) / kTile][o * kLanes + (j - i) % kTile];
+      }
+      if (!w.bias) continue;
+      Vector sum{};
+      for (int64_t row = 0; row < rows; ++row) sum += vectors(panel)[row];
+      for (int64_t o = 0; o < count; ++o) w.bias[first + o] += sum[static_cast<int>(o)];
+    }
+    before += tiles;
+  }
+}
 
 template <typename T = float>
 T* address(const py::dict& arguments, const char* name) {
@@ -870,10 +959,15 @@ void backward(const py::dict& a) {
   const char* affine[] = {"grad_slots_gain", "grad_slots_shift", "grad_mlp_gain",
                           "grad_mlp_shift",  "grad_inputs_gain", "grad_inputs_shift"};
   for (int i = 0; i < 6; ++i) c.affine[i] = address(a, affine[i]);
-  const auto rows = [&](const char* name) { return address(a, name); };
-  c.factors = {rows("query_rows"),  rows("normed_rows"),       rows("updates_rows"),      rows("pooled_rows"),
-               rows("gates_rows"),  rows("hidden_gates_rows"), rows("from_updates_rows"), rows("slots_rows"),
-               rows("hidden_rows"), rows("mlp_normed_rows"),   rows("out_rows"),          rows("from_hidden_rows")};
+  Factors& f = c.factors;
+  const std::vector<WeightGradient> weights{
+      {&f.query, &f.normed, address(a, "grad_to_query"), nullptr},
+      {&f.from_updates, &f.pooled, address(a, "grad_to_v"), nullptr},
+      {&f.gates, &f.updates, address(a, "grad_input_gates"), address(a, "grad_input_bias")},
+      {&f.hidden_gates, &f.slots, address(a, "grad_hidden_gates"), address(a, "grad_hidden_bias")},
+      {&f.from_hidden, &f.mlp_normed, address(a, "grad_mlp_in"), address(a, "grad_mlp_in_bias")},
+      {&f.out, &f.hidden, address(a, "grad_mlp_out"), address(a, "grad_mlp_out_bias")},
+  };
   const float *to_query = address(a, "to_query"), *to_v = address(a, "to_v"), *input_gates = address(a, "input_gates"),
               *hidden_gates = address(a, "hidden_gates"), *mlp_in = address(a, "mlp_in"),
               *mlp_out = address(a, "mlp_out");
@@ -885,6 +979,9 @@ void backward(const py::dict& a) {
   c.hidden_gates = Map(D, 3 * D, hidden_gates, 1, D, c.threads);
   c.mlp_in = Map(D, H, mlp_in, 1, D, c.threads);
   c.mlp_out = Map(H, D, mlp_out, 1, H, c.threads);
+  const int64_t rows = c.factor_rows = c.taped * c.groups * kLanes;
+  f = {Factor(I, rows), Factor(D, rows), Factor(Q, rows), Factor(I, rows), Factor(3 * D, rows), Factor(3 * D, rows),
+       Factor(Q, rows), Factor(D, rows), Factor(H, rows), Factor(D, rows), Factor(D, rows), Factor(H, rows)};
   c.pooled_grad = Floats(c.rows * I);
   c.pooled_dot = Floats(c.rows);
   c.tokens_grad = Floats(c.B * c.tiles * tiled(I) * kLanes);
@@ -899,6 +996,9 @@ void backward(const py::dict& a) {
       over_tokens(c, [&](int64_t begin, int64_t end) { slot_backward_tokens(c, i == c.iterations, begin, end); });
   }
   over_tokens(c, [&](int64_t begin, int64_t end) { slot_leave_tokens(c, begin, end); });
+  int64_t tiles = 0;
+  for (const WeightGradient& w : weights) tiles += tiled(w.of_outputs->features) / kTile;
+  parallel_for(tiles, 1, c.threads, [&](int64_t begin, int64_t end) { add_weight_gradients(c, weights, begin, end); });
   for (int64_t g = 0; g < c.groups; ++g) {
     const float* from = c.affine_sums.get() + g * affine_size * kLanes;
     for (int i = 0; i < 6; ++i)

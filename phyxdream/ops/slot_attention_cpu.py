@@ -1,7 +1,7 @@
 """What surrounds the C++ of `slot_attention`: the products of weights, and its memory.
 
 csrc/slot_attention.cpp takes a stretch of the batch through all iterations. Queries are asked of the inputs themselves,
-so it is given W_kᵀW_q as one matrix; after it, the gradient of every weight is one product of rows that it wrote.
+so it is given W_kᵀW_q as one matrix, and its gradient is that of both.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from phyxdream.ops import backend
 from phyxdream.ops.rssm_observe_cpu import product
 
 _LANES = 16  # tokens, or slots, that C++ treats as one
-_STRETCH = 1 << 20  # numbers of the inputs that are in memory a second time
-_ROWS = 1 << 11  # slots whose rows are written before they are multiplied
+_STRETCH = 1 << 19  # numbers of the inputs that are in memory a second time
+_ROWS = 1 << 11  # slots whose factors of weights' gradients are written before they are multiplied
 
 
 def refuse(inputs: Tensor) -> str:
@@ -96,23 +96,13 @@ def backward(
     grad_given = slots.new_empty(slots.shape)
     found = {name: x.new_zeros(x.shape) for name, x in zip(w._fields, w, strict=True)}
     common = _common(inputs, slots, w, options)
-    common |= {f"grad_{name}": found[name] for name in w._fields if name.endswith(("_gain", "_shift"))}
-    I, D, Q, H = inputs.shape[2], slots.shape[2], w.to_k.shape[0], w.mlp_in.shape[0]
-    widths = dict(
-        query=I, normed=D, updates=Q, pooled=I, gates=3 * D, hidden_gates=3 * D, from_updates=Q, slots=D, hidden=H,
-        mlp_normed=D, out=D, from_hidden=H,
-    )  # fmt: skip
-    most = _padded_rows(min(_stretch(inputs, slots), inputs.shape[0]), slots, options)
-    room = {name: inputs.new_empty(most * width) for name, width in widths.items()}
-    grad_to_query = inputs.new_zeros(I, D)
+    grad_to_query = inputs.new_zeros(inputs.shape[2], slots.shape[2])
+    common |= {f"grad_{name}": x for name, x in found.items()} | {"grad_to_query": grad_to_query}
     for part, tape_part in _stretches(inputs, slots, w, options):
-        count = _padded_rows(slots[part].shape[0], slots, options)
-        rows = {name: room[name][: count * width].view(count, width) for name, width in widths.items()}
         _call(
             "slot_attention_backward",
             common
             | _of_stretch(inputs[part], slots[part], None if slot_mask is None else slot_mask[part], tape[tape_part])
-            | {f"{name}_rows": x for name, x in rows.items()}
             | {
                 "grad_slots": grad_slots[part],
                 "grad_attention": None if grad_attention is None else grad_attention[part],
@@ -120,23 +110,7 @@ def backward(
                 "grad_inputs": grad_inputs[part],
             },
         )
-        for to, grad, of in (
-            (grad_to_query, "query", "normed"),
-            (found["to_v"], "from_updates", "pooled"),
-            (found["input_gates"], "gates", "updates"),
-            (found["hidden_gates"], "hidden_gates", "slots"),
-            (found["mlp_in"], "from_hidden", "mlp_normed"),
-            (found["mlp_out"], "out", "hidden"),
-        ):
-            product(rows[grad].t(), rows[of].t(), out=to, add=True)
-        for bias, grad in (
-            ("input_bias", "gates"),
-            ("hidden_bias", "hidden_gates"),
-            ("mlp_in_bias", "from_hidden"),
-            ("mlp_out_bias", "out"),
-        ):
-            found[bias] += rows[grad].sum(0)
-    scale = Q**-0.5
+    scale = w.to_k.shape[0] ** -0.5
     found["to_q"] = product(w.to_k, grad_to_query.t()).mul_(scale)
     found["to_k"] = product(w.to_q, grad_to_query).mul_(scale)
     return [grad_inputs, grad_given, *found.values()]
