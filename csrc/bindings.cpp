@@ -8,6 +8,7 @@ PYBIND11_MODULE(_C, module) {
   phyx::bind_matmul(module);
   phyx::bind_rms_norm_silu(module);
   phyx::bind_rssm_scan(module);
+  phyx::bind_slot_attention(module);
   phyx::bind_two_hot_loss(module);
   phyx::bind_replay(module);
 }

@@ -9,6 +9,7 @@ void bind_linear(pybind11::module_& module);
 void bind_matmul(pybind11::module_& module);
 void bind_rms_norm_silu(pybind11::module_& module);
 void bind_rssm_scan(pybind11::module_& module);
+void bind_slot_attention(pybind11::module_& module);
 void bind_two_hot_loss(pybind11::module_& module);
 void bind_replay(pybind11::module_& module);
 }  // namespace phyx

@@ -1,4 +1,4 @@
-"""Modules built on the ops: the RSSM, encoders and decoders, heads and distributions."""
+"""Modules built on the ops: the RSSM, slot attention, encoders and decoders, heads and distributions."""
 
 from phyxdream.nn.distributions import (
     Bernoulli,
@@ -14,10 +14,11 @@ from phyxdream.nn.distributions import (
 from phyxdream.nn.heads import Actor, BernoulliHead, NormalHead, TwoHotHead
 from phyxdream.nn.layers import MLP, BlockLinear, Dense, symexp, symlog
 from phyxdream.nn.rssm import RSSM, State, Trajectory
+from phyxdream.nn.slots import SlotAttention
 from phyxdream.nn.vision import Decoder, Encoder, ImageDecoder, ImageEncoder
 
 __all__ = [
     "MLP", "RSSM", "Actor", "Bernoulli", "BernoulliHead", "BlockLinear", "Decoder", "Dense", "Encoder", "ImageDecoder",
-    "ImageEncoder", "Normal", "NormalHead", "OneHotCategorical", "SquaredError", "State", "TanhNormal", "Trajectory",
-    "TwoHotHead", "TwoHotSymlog", "balanced_kl", "kl_divergence", "symexp", "symexp_bins", "symlog",
+    "ImageEncoder", "Normal", "NormalHead", "OneHotCategorical", "SlotAttention", "SquaredError", "State", "TanhNormal",
+    "Trajectory", "TwoHotHead", "TwoHotSymlog", "balanced_kl", "kl_divergence", "symexp", "symexp_bins", "symlog",
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from phyxdream.ops.rssm_cells import (
 from phyxdream.ops.rssm_imagine import rssm_imagine, rssm_imagine_policy
 from phyxdream.ops.rssm_observe import rssm_observe
 from phyxdream.ops.rssm_step import rssm_imagine_step, rssm_step
+from phyxdream.ops.slot_attention import SlotAttentionWeights, slot_attention
 from phyxdream.ops.two_hot_loss import two_hot_loss, two_hot_mean
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "LayerNormGRUWeights",
     "LayerWeights",
     "PosteriorWeights",
+    "SlotAttentionWeights",
     "balanced_kl",
     "balanced_kl_gaussian",
     "explain",
@@ -37,6 +39,7 @@ __all__ = [
     "rssm_imagine_step",
     "rssm_observe",
     "rssm_step",
+    "slot_attention",
     "two_hot_loss",
     "two_hot_mean",
     "use_backend",

@@ -1,0 +1,166 @@
+"""What surrounds the C++ of `slot_attention`: the products of weights, and its memory.
+
+csrc/slot_attention.cpp takes a stretch of the batch through all iterations. Queries are asked of the inputs themselves,
+so it is given W_kᵀW_q as one matrix, and its gradient is that of both.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from phyxdream.ops import backend
+from phyxdream.ops.rssm_cpu import product
+
+_LANES = 16  # tokens, or slots, that C++ treats as one
+_STRETCH = 1 << 19  # numbers of the inputs that are in memory a second time
+_ROWS = 1 << 11  # slots whose factors of weights' gradients are written before they are multiplied
+
+
+def refuse(inputs: Tensor) -> str:
+    """Why C++ cannot take a call; an empty string if it can."""
+    return backend.refuse_cpu(inputs, (torch.float32,))
+
+
+def plan(inputs: Tensor, slots: Tensor) -> str:
+    """What a call would run, in a few words."""
+    threads, stretch = _threads(inputs, slots), _stretch(inputs, slots)
+    return (
+        f"C++, {threads} thread{'s' * (threads > 1)} sharing tokens and slots of "
+        f"{min(stretch, inputs.shape[0])} elements at a time"
+    )
+
+
+def _threads(inputs, slots):
+    """Below some microseconds an iteration, threads cost more than they bring."""
+    work = inputs.numel() + slots.numel() * 16
+    return torch.get_num_threads() if work >= 1 << 15 else 1
+
+
+def _stretch(inputs, slots):
+    """How many elements of the batch C++ takes at once: their normalised tokens stay in a shared cache."""
+    K = slots.shape[1]
+    return max(1, min(_STRETCH // inputs[0].numel(), _ROWS // K))
+
+
+def _features(inputs, slots, w):
+    """Of a slot and an iteration, what the forward keeps; the order is that of `Tape` in C++."""
+    I, D = inputs.shape[2], slots.shape[2]
+    Q, H = w.to_k.shape[0], w.mlp_in.shape[0]
+    return 5 * D + 2 * I + Q + H + 5
+
+
+def _padded_rows(elements, slots, options):
+    """Rows of all iterations with a gradient, in whole groups of lanes."""
+    groups = (elements * slots.shape[1] + _LANES - 1) // _LANES
+    return (1 if options.implicit else options.iterations) * groups * _LANES
+
+
+def tape_size(inputs: Tensor, slots: Tensor, w, options) -> int:
+    """Floats that the forward keeps for the backward."""
+    B, stretch = inputs.shape[0], _stretch(inputs, slots)
+    rows = B // stretch * _padded_rows(stretch, slots, options) + _padded_rows(B % stretch, slots, options)
+    return rows * _features(inputs, slots, w)
+
+
+def forward(outputs: tuple[Tensor, ...], inputs: Tensor, slots: Tensor, slot_mask: Tensor | None, w, options) -> None:
+    """Fills the three outputs of the schema."""
+    slots_out, attention, tape = outputs
+    common = _common(inputs, slots, w, options)
+    common |= {"mlp_in_bias": w.mlp_in_bias, "mlp_out_bias": w.mlp_out_bias}
+    for part, tape_part in _stretches(inputs, slots, w, options):
+        _call(
+            "slot_attention_forward",
+            common
+            | _of_stretch(inputs[part], slots[part], None if slot_mask is None else slot_mask[part], tape[tape_part])
+            | {
+                "slots_out": slots_out[part],
+                "attention": attention[part] if options.return_attention else None,
+            },
+        )
+
+
+def backward(
+    grads: tuple[Tensor | None, Tensor | None],
+    tape: Tensor,
+    inputs: Tensor,
+    slots: Tensor,
+    slot_mask: Tensor | None,
+    w,
+    options,
+) -> list[Tensor]:
+    """Gradients of the inputs, of the slots and of the weights."""
+    grad_slots, grad_attention = grads
+    grad_slots = torch.zeros_like(slots) if grad_slots is None else grad_slots
+    grad_inputs = inputs.new_empty(inputs.shape)
+    grad_given = slots.new_empty(slots.shape)
+    found = {name: x.new_zeros(x.shape) for name, x in zip(w._fields, w, strict=True)}
+    common = _common(inputs, slots, w, options)
+    grad_to_query = inputs.new_zeros(inputs.shape[2], slots.shape[2])
+    common |= {f"grad_{name}": x for name, x in found.items()} | {"grad_to_query": grad_to_query}
+    for part, tape_part in _stretches(inputs, slots, w, options):
+        _call(
+            "slot_attention_backward",
+            common
+            | _of_stretch(inputs[part], slots[part], None if slot_mask is None else slot_mask[part], tape[tape_part])
+            | {
+                "grad_slots": grad_slots[part],
+                "grad_attention": None if grad_attention is None else grad_attention[part],
+                "grad_given": grad_given[part],
+                "grad_inputs": grad_inputs[part],
+            },
+        )
+    scale = w.to_k.shape[0] ** -0.5
+    found["to_q"] = product(w.to_k, grad_to_query.t()).mul_(scale)
+    found["to_k"] = product(w.to_q, grad_to_query).mul_(scale)
+    return [grad_inputs, grad_given, *found.values()]
+
+
+def _stretches(inputs, slots, w, options):
+    """What C++ takes at once, of the batch and of the tape."""
+    stretch, at = _stretch(inputs, slots), 0
+    for first in range(0, inputs.shape[0], stretch):
+        part = slice(first, first + stretch)
+        size = _padded_rows(slots[part].shape[0], slots, options) * _features(inputs, slots, w)
+        yield part, slice(at, at + size)
+        at += size
+
+
+def _common(inputs, slots, w, options):
+    """What both directions are told of all elements."""
+    named = w._asdict()
+    scale = w.to_k.shape[0] ** -0.5
+    return {
+        **{name: named[name].contiguous() for name in w._fields if name not in ("to_k", "to_q")},
+        "to_query": product(w.to_k.t(), w.to_q.t()).mul_(scale),  # (I, D)
+        "N": inputs.shape[1],
+        "K": slots.shape[1],
+        "I": inputs.shape[2],
+        "D": slots.shape[2],
+        "Q": w.to_k.shape[0],
+        "H": w.mlp_in.shape[0],
+        "iterations": options.iterations,
+        "taped": 1 if options.implicit else options.iterations,
+        "eps": options.eps,
+        "layer_eps": options.layer_eps,
+        "threads": _threads(inputs, slots),
+    }
+
+
+def _of_stretch(inputs, slots, slot_mask, tape):
+    inputs = inputs if inputs.stride(2) == 1 else inputs.contiguous()
+    return {
+        "B": inputs.shape[0],
+        "inputs": inputs,
+        "inputs_element": inputs.stride(0),
+        "inputs_token": inputs.stride(1),
+        "slots": slots,
+        "slot_mask": slot_mask,
+        "tape": tape,
+    }
+
+
+def _call(function, arguments):
+    # The contiguous copies live as long as this frame.
+    held = {k: x.contiguous() if isinstance(x, Tensor) and k != "inputs" else x for k, x in arguments.items()}
+    getattr(backend.extension, function)({k: x.data_ptr() if isinstance(x, Tensor) else x for k, x in held.items()})
