@@ -199,11 +199,15 @@ def block_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias
 
 
+def clipped(w: CellWeights, action: Tensor) -> Tensor:
+    """The action as its layer reads it: a block GRU divides by max(1, |a|), which gets no gradient."""
+    return action / action.detach().abs().clamp(min=1) if isinstance(w, BlockGRUWeights) else action
+
+
 def embed_action(w: CellWeights, action: Tensor, options: Options) -> Tensor:
     """All of a step that depends on the action alone, (..., A) to (..., U)."""
     if isinstance(w, BlockGRUWeights):
-        action = action / action.detach().abs().clamp(min=1)
-        layer = F.linear(action, w.in_action, w.in_action_bias)
+        layer = F.linear(clipped(w, action), w.in_action, w.in_action_bias)
         return norm_act(layer, w.in_action_gain, w.in_action_shift, options)
     return F.linear(action, w.in_action, w.in_bias)
 

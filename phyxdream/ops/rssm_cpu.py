@@ -225,11 +225,6 @@ def call(function: str, arguments: dict) -> None:
     getattr(backend.extension, function)(given)
 
 
-def clipped(cell: CellWeights, action: Tensor) -> Tensor:
-    """The action as its layer reads it."""
-    return action / action.abs().clamp_(min=1) if isinstance(cell, BlockGRUWeights) else action
-
-
 class CellBackward:
     """Rows (T·B) that the backward of a cell writes, and the gradients of its weights from them.
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from phyxdream.ops import rssm_cpu
+from phyxdream.ops import rssm_cells, rssm_cpu
 from phyxdream.ops.rssm_cells import POLICIES, BlockGRUWeights, CellWeights, HeadWeights, Options
 from phyxdream.ops.rssm_cpu import product
 
@@ -60,7 +60,7 @@ def forward(
     arguments = _common(outputs, tensors, cell, prior, policy, options, policy_options)
     stoch = stoch.reshape(B, -1)
     if policy is None:
-        arguments["action"] = rssm_cpu.clipped(cell, action)
+        arguments["action"] = rssm_cells.clipped(cell, action)
     else:
         arguments["action_noise"] = action
         # What z brings to its layers at the first step, where it may be anything.
@@ -159,7 +159,7 @@ def backward(
         return product(grad[:B].t(), start.t(), out=found, add=True)
 
     taken = action if policy is None else action_out
-    cell_grads = cell_back.gradients(before, rssm_cpu.clipped(cell, taken).reshape(rows, -1))
+    cell_grads = cell_back.gradients(before, rssm_cells.clipped(cell, taken).reshape(rows, -1))
     if "in_stoch" in cell_wants:
         cell_grads["in_stoch"] = stoch_product(cell_back.stoch_grad)
     heads = [prior_back.gradients(lambda grad: product(grad.t(), deter_out.reshape(rows, D).t()))]

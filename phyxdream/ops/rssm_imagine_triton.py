@@ -102,7 +102,7 @@ def _forward(outputs, tensors, cell, prior, policy, options, policy_options):
     weights = {name: None if x is None else x.contiguous() for name, x in weights.items()}
     clips, acting = model.cell == "block_gru", None
     if policy is None:  # `taken` are the actions as their layer reads them
-        taken = (action / action.abs().clamp(min=1) if clips else action).contiguous()
+        taken = rssm_cells.clipped(cell, action).contiguous()
     else:
         taken = torch.empty_like(action_out) if clips else action_out
         one_hot = policy_options.dist == "categorical"

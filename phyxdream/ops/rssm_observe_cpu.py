@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from phyxdream.ops import rssm_cpu
+from phyxdream.ops import rssm_cells, rssm_cpu
 from phyxdream.ops.rssm_cells import (
     BlockGRUWeights,
     CellWeights,
@@ -57,7 +57,7 @@ def forward(
     arguments = {
         **_common(outputs, tensors, cell, posterior, options),
         "state_first_rows": embeds,
-        "action": rssm_cpu.clipped(cell, _reset(action, is_first)),
+        "action": rssm_cells.clipped(cell, _reset(action, is_first)),
         "noise": noise,
         "stoch_first": first_stoch,
         "stoch_start": start,
@@ -164,7 +164,8 @@ def backward(
     grad_action = _reset(product(cell_back.action_grad, cell.in_action.t()).view(action.shape), is_first)
     if isinstance(cell, BlockGRUWeights):
         grad_action /= action.abs().clamp_(min=1)
-    found = cell_back.gradients(before, rssm_cpu.clipped(cell, action).reshape(rows, -1)) | {"in_stoch": grad_in_stoch}
+    taken = rssm_cells.clipped(cell, action).reshape(rows, -1)
+    found = cell_back.gradients(before, taken) | {"in_stoch": grad_in_stoch}
     cell_grads = type(cell)(**{name: found.get(name) for name in cell._fields})
     input_grads = (grad_embed, grad_action, grad_deter, grad_stoch, grad_initial_deter, grad_initial_stoch)
     return input_grads, cell_grads, posterior_grads
