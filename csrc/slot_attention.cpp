@@ -15,6 +15,7 @@
 
 #include "bindings.h"
 #include "lanes.h"
+#include "vector.h"
 
 namespace py = pybind11;
 
@@ -24,39 +25,7 @@ namespace {
 constexpr int64_t kChunk = 32;  // tiles that share one set of sums
 constexpr int64_t kPack = 8;    // tiles that are walked twice while they are in the first cache
 
-// One feature of 16 lanes. Loops over lanes are written with it: GCC unrolls them before it looks for vectors.
-#if defined(__GNUC__)
-typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-#else
-struct Vector {
-  float lane[kLanes];
-
-  float& operator[](int l) { return lane[l]; }
-  template <typename F>
-  Vector& each(F f) {
-    for (int l = 0; l < kLanes; ++l) lane[l] = f(lane[l], l);
-    return *this;
-  }
-  Vector& operator+=(const Vector& x) { return each([&](float a, int l) { return a + x.lane[l]; }); }
-  Vector& operator-=(const Vector& x) { return each([&](float a, int l) { return a - x.lane[l]; }); }
-  Vector& operator*=(const Vector& x) { return each([&](float a, int l) { return a * x.lane[l]; }); }
-  Vector& operator/=(const Vector& x) { return each([&](float a, int l) { return a / x.lane[l]; }); }
-  Vector& operator+=(float x) { return each([&](float a, int) { return a + x; }); }
-  Vector& operator*=(float x) { return each([&](float a, int) { return a * x; }); }
-  friend Vector operator+(Vector a, const Vector& b) { return a += b; }
-  friend Vector operator-(Vector a, const Vector& b) { return a -= b; }
-  friend Vector operator*(Vector a, const Vector& b) { return a *= b; }
-  friend Vector operator/(Vector a, const Vector& b) { return a /= b; }
-  friend Vector operator+(Vector a, float b) { return a += b; }
-  friend Vector operator-(Vector a, float b) { return a += -b; }
-  friend Vector operator*(float w, Vector x) { return x *= w; }
-  friend Vector operator/(float w, const Vector& x) {
-    Vector y;
-    return y.each([&](float, int l) { return w / x.lane[l]; });
-  }
-};
-#endif
-
+// Loops over lanes are written with vectors: GCC unrolls them before it looks for any.
 PHYX_INLINE const Vector* vectors(const float* x) { return reinterpret_cast<const Vector*>(x); }
 PHYX_INLINE Vector* vectors(float* x) { return reinterpret_cast<Vector*>(x); }
 

@@ -12,14 +12,29 @@ typedef float Vector __attribute__((vector_size(64), aligned(4), may_alias));
 #else
 struct Vector {
   float lane[16];
-  Vector& operator+=(const Vector& x) {
-    for (int l = 0; l < 16; ++l) lane[l] += x.lane[l];
+
+  float& operator[](int l) { return lane[l]; }
+  template <typename F>
+  Vector& each(F f) {
+    for (int l = 0; l < 16; ++l) lane[l] = f(lane[l], l);
     return *this;
   }
-  friend Vector operator*(float w, const Vector& x) {
+  Vector& operator+=(const Vector& x) { return each([&](float a, int l) { return a + x.lane[l]; }); }
+  Vector& operator-=(const Vector& x) { return each([&](float a, int l) { return a - x.lane[l]; }); }
+  Vector& operator*=(const Vector& x) { return each([&](float a, int l) { return a * x.lane[l]; }); }
+  Vector& operator/=(const Vector& x) { return each([&](float a, int l) { return a / x.lane[l]; }); }
+  Vector& operator+=(float x) { return each([&](float a, int) { return a + x; }); }
+  Vector& operator*=(float x) { return each([&](float a, int) { return a * x; }); }
+  friend Vector operator+(Vector a, const Vector& b) { return a += b; }
+  friend Vector operator-(Vector a, const Vector& b) { return a -= b; }
+  friend Vector operator*(Vector a, const Vector& b) { return a *= b; }
+  friend Vector operator/(Vector a, const Vector& b) { return a /= b; }
+  friend Vector operator+(Vector a, float b) { return a += b; }
+  friend Vector operator-(Vector a, float b) { return a += -b; }
+  friend Vector operator*(float w, Vector x) { return x *= w; }
+  friend Vector operator/(float w, const Vector& x) {
     Vector y;
-    for (int l = 0; l < 16; ++l) y.lane[l] = w * x.lane[l];
-    return y;
+    return y.each([&](float, int l) { return w / x.lane[l]; });
   }
 };
 #endif
