@@ -53,5 +53,5 @@ def test_readme_has_exactly_the_two_set_up_commands():
     commands = [line.strip() for line in (ROOT / "README.md").read_text().splitlines() if "pip install -c" in line]
     assert commands == [
         "pip install -c constraints.txt . && phyxdream train",
-        "pip install -c constraints.txt '.[test]' && pytest",
+        "pip install -c constraints.txt '.[test]' && pytest -n auto",
     ]

@@ -376,7 +376,7 @@ def test_ctrl_c_ends_a_wait(tmp_path):
             assert process.poll() is None
             process.send_signal(signal.SIGINT)
         for process in waiting:
-            assert process.communicate(timeout=10)[0] == "interrupted\n"
+            assert process.communicate(timeout=60)[0] == "interrupted\n"
             assert process.returncode == 0
     finally:
         for process in waiting:
