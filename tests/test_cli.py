@@ -108,3 +108,8 @@ def test_console_script_help():
                           capture_output=True, text=True, timeout=120)  # fmt: skip
     assert done.returncode == 0
     assert "phyxdream" in done.stdout and "train" in done.stdout
+
+
+def test_python_m_is_the_command():
+    shown = subprocess.run([sys.executable, "-m", "phyxdream", "--version"], capture_output=True, text=True)
+    assert (shown.returncode, shown.stdout.split()[0]) == (0, "phyxdream"), shown.stderr

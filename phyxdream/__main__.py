@@ -1,0 +1,5 @@
+"""`python -m phyxdream`: the command line, where the console script is not on the path."""
+
+from phyxdream.cli import entry
+
+entry()
