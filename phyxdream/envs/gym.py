@@ -12,11 +12,13 @@ from gymnasium import vector
 from gymnasium.wrappers import AddRenderObservation, TimeLimit
 from numpy.typing import NDArray
 
-from phyxdream.envs import opengl
+from phyxdream.envs import opengl, sprites
 from phyxdream.errors import EnvError, MissingDependency, suggest
 
 Array = NDArray[Any]
 Size = tuple[int, int]
+
+sprites.register()
 
 
 def list_ids() -> list[str]:
@@ -142,6 +144,8 @@ def make(
     except (gymnasium.error.Error, ImportError) as error:
         raise EnvError(f"gymnasium has no environment {id!r}{suggest(id, list_ids())} ({error})") from None
     finish = None
+    if str(spec.entry_point).startswith("phyxdream.") and image_size and image_size[0] == image_size[1]:
+        options = {"size": image_size[0], **options}  # drawn as asked for, instead of resized
     if pixels:
         options = rendering(str(spec.entry_point), image_size, camera, options)
         finish = functools.partial(observe_picture, camera, False)
