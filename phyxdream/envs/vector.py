@@ -156,9 +156,8 @@ class VectorEnv(vector.VectorEnv):
             return {}
         mask = np.array(raw[SEGMENTATION], np.int32)
         if mask.shape[1:] != self._mask_size:  # where the picture was resized: numbers cannot be averaged
-            row, column = (
-                np.arange(new) * old // new for new, old in zip(self._mask_size, mask.shape[1:], strict=True)
-            )
+            sizes = zip(mask.shape[1:], self._mask_size, strict=True)
+            row, column = ((2 * np.arange(new) + 1) * old // (2 * new) for old, new in sizes)
             mask = mask[:, row[:, None], column]
         return {SEGMENTATION: mask}
 
