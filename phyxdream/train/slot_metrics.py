@@ -1,8 +1,8 @@
 """Whether slots found objects: scores against true masks, and what slots do by themselves.
 
 True masks are integers (..., H, W), 0 for the background and one number per object. Slots are soft masks
-(..., K, H, W), as a decoder's alphas or an encoder's attention; a pixel belongs to the slot of the largest. NumPy arrays
-and torch tensors are taken, float64 arrays (...) come back, with NaN where there was nothing to score.
+(..., K, H, W), as a decoder's alphas or an encoder's attention; a pixel belongs to the slot of the largest. NumPy
+arrays and torch tensors are taken, float64 arrays (...) come back, with NaN where there was nothing to score.
 
 >>> import numpy as np
 >>> truth = np.array([[[0, 0, 1, 1], [0, 0, 2, 2]]])

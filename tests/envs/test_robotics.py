@@ -34,6 +34,23 @@ def test_picture_beside_the_state(gl):
         envs.make(HAND, num_envs=1, pixels=True, camera=3)
 
 
+def test_segmentation_of_hand_block_and_goal(gl):
+    env = envs.make(HAND, num_envs=1, seed=1, pixels=True, image_size=96, segmentation=True)
+    observation, info = env.reset()
+    assert sorted(observation) == ["achieved_goal", "desired_goal", "image", "observation"]
+    for _ in range(2):
+        mask, image = info["segmentation"][0], observation["image"][0].astype(int)
+        hand, block, goal = ((mask == number) for number in (1, 2, 3))
+        assert hand.sum() > block.sum() > 20 and goal.sum() > 20
+        grey = np.ptp(image, axis=0) < 25  # the hand is white and grey; the others are coloured, as is what is behind
+        assert grey[hand].mean() > 0.8 > 0.5 > grey[block | goal].mean()
+        assert grey[mask == 0].mean() < 0.1
+        observation, _, _, _, info = env.step(env.action_space.sample())
+    env.close()
+    with pytest.raises(EnvError, match="only pictures"):
+        envs.make(HAND, num_envs=1, segmentation=True)
+
+
 def test_unknown_id():
     with pytest.raises(EnvError, match="did you mean 'HandManipulateBlockRotateZDense-v1'"):
         envs.make("robotics:HandManipulateBlockRotateZDens-v1")
