@@ -178,13 +178,14 @@ def _report(argv: list[str]) -> int:
     from phyxdream.replay import Replay
     from phyxdream.train.loop import load_agent
     from phyxdream.train.report import write_report
+    from phyxdream.train.report_slots import slot_panels
     from phyxdream.train.run import Run
     from phyxdream.train.video import open_loop_video
 
     run = Run.open(options.run)
     agent, found = load_agent(run)
     video = open_loop_video(agent, Replay.load(found.replay_path)) if found.replay_path else None
-    print(f"report: {write_report(run, video=video)}")
+    print(f"report: {write_report(run, video=video, extra_panels=slot_panels(agent))}")
     return 0
 
 

@@ -40,6 +40,7 @@ def make(
     image_size: int | tuple[int, int] | None = None,
     pixels: bool | None = None,
     camera: int | str | None = None,
+    segmentation: bool = False,
     **backend_kwargs: Any,
 ) -> VectorEnv:
     """Make `num_envs` environments of one kind.
@@ -56,6 +57,9 @@ def make(
         pixels: True: observe rendered pictures (64x64 if `image_size` is None) instead of the state (`robotics`:
             beside the state). False: insist on no pictures. None: what the environment does by itself.
         camera: which camera `pixels` looks through.
+        segmentation: also tell which object every pixel shows, for `phyxdream/Sprites-v0` and for MuJoCo tasks of
+            `gym`, `dmc` and `robotics` with `pixels`: `info["segmentation"]`, int32 (N, H, W), 0 for the background.
+            It is no observation: whoever compares a model's slots with it asks for it, and agents never see it.
         backend_kwargs: options of the backend: for `envpool` those of the task and `num_threads`; for the others
             `vectorization` ("sync", or "async" for a process each) and what the environment's constructor takes.
 
@@ -73,6 +77,10 @@ def make(
     check_seed(seed)
     size = _size(image_size)
     arguments = (action_repeat, time_limit, size, pixels, camera, backend_kwargs)
+    if segmentation and prefix not in ("gym", "dmc", "robotics"):
+        raise EnvError(f"segmentation is {segmentation!r}, but {prefix} environments cannot tell objects apart")
+    if segmentation:
+        backend_kwargs["segmentation"] = True
     # Backends are imported where they are asked for, so that a missing one bothers nobody else.
     if prefix == "envpool":
         from phyxdream.envs.envpool import EnvPool
@@ -93,7 +101,7 @@ def make(
     else:
         raise EnvError(f"{id!r}: Unity ML-Agents environments are not available in this version")
     try:
-        env = VectorEnv(backend, id, seed, size)
+        env = VectorEnv(backend, id, seed, size, segmentation)
         if pixels is not None and pixels != env.has_picture:
             keys = {key: space.shape for key, space in env.single_observation_space.items()}
             raise EnvError(f"pixels is {pixels}, but {id} observes {keys}")

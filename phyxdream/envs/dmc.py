@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from phyxdream.envs import opengl
 from phyxdream.envs.gym import GymVector
+from phyxdream.envs.segmentation import Objects
+from phyxdream.envs.spaces import SEGMENTATION
 from phyxdream.errors import EnvError, MissingDependency, suggest
 
 Array = NDArray[Any]
@@ -54,11 +56,19 @@ class DMControl(gymnasium.Env):
         task: such as "walk".
         picture: (height, width, camera) to observe only that picture; None to observe the state.
         options: for `suite.load`: `task_kwargs`, `environment_kwargs`.
+        segmentation: observe a dict of that picture, `image`, and of the mask of its objects.
     """
 
-    def __init__(self, domain: str, task: str, picture: tuple[int, int, int | str] | None, options: dict[str, Any]):
+    def __init__(
+        self,
+        domain: str,
+        task: str,
+        picture: tuple[int, int, int | str] | None,
+        options: dict[str, Any],
+        segmentation: bool = False,
+    ):
         suite = import_suite()
-        self._picture = picture
+        self._picture, self._segmentation = picture, segmentation
         self._env = suite.load(domain, task, **options)
         self._last: Any = None
         spec = self._env.action_spec()
@@ -70,6 +80,10 @@ class DMControl(gymnasium.Env):
         if picture:
             self._observe({})  # a camera or driver that fails shall do so now
             self.observation_space: spaces.Space = spaces.Box(0, 255, (*picture[:2], 3), np.uint8)
+            if segmentation:
+                most = len(Objects(self._env.physics.model).names)
+                mask = spaces.Box(0, most, picture[:2], np.int32)
+                self.observation_space = spaces.Dict({"image": self.observation_space, SEGMENTATION: mask})
         else:
             self.observation_space = spaces.Dict(
                 {k: spaces.Box(-np.inf, np.inf, v.shape, np.float64) for k, v in self._env.observation_spec().items()}
@@ -101,7 +115,13 @@ class DMControl(gymnasium.Env):
         if self._picture is None:
             return {key: np.asarray(value, np.float64) for key, value in state.items()}
         height, width, camera = self._picture
-        return self._env.physics.render(height=height, width=width, camera_id=camera)
+        physics = self._env.physics
+        image = physics.render(height=height, width=width, camera_id=camera)
+        if not self._segmentation:
+            return image
+        drawn = physics.render(height=height, width=width, camera_id=camera, segmentation=True)  # (H, W, 2)
+        # Some tasks build a new model for every episode.
+        return {"image": image, SEGMENTATION: Objects(physics.model)(drawn[..., 0], drawn[..., 1])}
 
     def close(self) -> None:
         """Free the renderer."""
@@ -123,7 +143,8 @@ def make(
     Args:
         pixels: pictures instead of the state.
         camera: number or name of the camera.
-        options: "vectorization" ("sync" or "async"); the others go to `dm_control.suite.load`.
+        options: "vectorization" ("sync" or "async"); "segmentation": a mask beside the picture; the others go to
+            `dm_control.suite.load`.
 
     Raises:
         EnvError: unknown task.
@@ -137,12 +158,14 @@ def make(
     if camera is not None and not pixels:
         raise EnvError(f"camera is {camera!r}, but only pictures (pixels=True) have a camera")
     options = dict(options)
-    vectorization = options.pop("vectorization", "sync")
+    vectorization, segmentation = options.pop("vectorization", "sync"), options.pop("segmentation", False)
+    if segmentation and not pixels:
+        raise EnvError(f"segmentation is {segmentation!r}, but only pictures (pixels=True) have a mask")
     domain, task = tasks[id]
     if camera is None:
         camera = QUADRUPED_CAMERA if domain == "quadruped" else CAMERA
     picture = (*(image_size or (64, 64)), camera) if pixels else None
-    one = functools.partial(DMControl, domain, task, picture, options)
+    one = functools.partial(DMControl, domain, task, picture, options, segmentation)
     try:
         return GymVector(one, num_envs, action_repeat, time_limit, None, vectorization)
     except AttributeError as error:

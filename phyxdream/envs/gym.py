@@ -12,11 +12,14 @@ from gymnasium import vector
 from gymnasium.wrappers import AddRenderObservation, TimeLimit
 from numpy.typing import NDArray
 
-from phyxdream.envs import opengl
+from phyxdream.envs import opengl, sprites
+from phyxdream.envs.segmentation import ObserveSegmentation
 from phyxdream.errors import EnvError, MissingDependency, suggest
 
 Array = NDArray[Any]
 Size = tuple[int, int]
+
+sprites.register()
 
 
 def list_ids() -> list[str]:
@@ -45,6 +48,20 @@ class ActionRepeat(gymnasium.Wrapper):
             if terminated or truncated:
                 break
         return observation, total, terminated, truncated, info
+
+
+class OwnContext(gymnasium.Wrapper):
+    """Render a MuJoCo task in its own OpenGL context, which the viewer takes for current whoever rendered last.
+
+    Without it, pictures are black as soon as another environment, such as that of an evaluation, was closed.
+    """
+
+    def render(self) -> Any:
+        """As `gymnasium.Env.render`."""
+        viewer = self.env.unwrapped.mujoco_renderer.viewer  # type: ignore[attr-defined]
+        if viewer is not None:  # None: it makes its context now
+            viewer.make_context_current()
+        return self.env.render()
 
 
 class GymVector:
@@ -129,7 +146,8 @@ def make(
     Args:
         pixels: rendered pictures instead of the state. An environment that observes pictures anyway is left alone.
         camera: number or name of the camera of a MuJoCo task.
-        options: "vectorization" ("sync" or "async"); the others go to `gymnasium.make`.
+        options: "vectorization" ("sync" or "async"); "segmentation": a mask beside the picture; the others go to
+            `gymnasium.make`.
 
     Raises:
         EnvError: unknown id or option.
@@ -142,9 +160,15 @@ def make(
     except (gymnasium.error.Error, ImportError) as error:
         raise EnvError(f"gymnasium has no environment {id!r}{suggest(id, list_ids())} ({error})") from None
     finish = None
-    if pixels:
+    ours = str(spec.entry_point).startswith("phyxdream.")
+    if ours and image_size and image_size[0] == image_size[1]:
+        options = {"size": image_size[0], **options}  # drawn as asked for, instead of resized
+    segmentation = not ours and options.pop("segmentation", False)
+    if segmentation and not (pixels and "mujoco" in str(spec.entry_point)):
+        raise EnvError(f"segmentation is {segmentation!r}, but gym:{id} draws no picture with MuJoCo (pixels=True)")
+    if pixels and not ours:
         options = rendering(str(spec.entry_point), image_size, camera, options)
-        finish = functools.partial(observe_picture, camera, False)
+        finish = functools.partial(observe_picture, camera, False, segmentation)
     elif camera is not None:
         raise EnvError(f"camera is {camera!r}, but only pictures (pixels=True) have a camera")
     one = functools.partial(gymnasium.make, id, disable_env_checker=True, **options)
@@ -164,13 +188,18 @@ def rendering(entry_point: str, image_size: Size | None, camera: int | str | Non
     return options
 
 
-def observe_picture(camera: int | str | None, keep_state: bool, env: gymnasium.Env) -> gymnasium.Env:
-    """Observe what is rendered, alone or beside the state; an environment that observes pictures is left alone.
+def observe_picture(
+    camera: int | str | None, keep_state: bool, segmentation: bool, env: gymnasium.Env
+) -> gymnasium.Env:
+    """Observe what is rendered, alone or beside the state, and for MuJoCo also with the mask of the objects; an
+    environment that observes pictures is left alone.
 
     Raises:
         EnvError: if the MuJoCo model has no such camera (rendering through it would end the process).
     """
     model = getattr(env.unwrapped, "model", None)
+    if hasattr(env.unwrapped, "mujoco_renderer"):
+        env = OwnContext(env)
     if hasattr(model, "ncam"):
         import mujoco
 
@@ -185,7 +214,8 @@ def observe_picture(camera: int | str | None, keep_state: bool, env: gymnasium.E
     space = env.observation_space
     if isinstance(space, gymnasium.spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3:
         return env
-    return AddRenderObservation(env, render_only=not keep_state, render_key="image")
+    env = AddRenderObservation(env, render_only=not keep_state, render_key="image")
+    return ObserveSegmentation(env) if segmentation else env
 
 
 class sentences:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -51,6 +52,17 @@ def preload() -> bool:
     return _load("libGL.so.1") or egl
 
 
+@functools.cache
+def import_triton_first() -> None:
+    """Load Triton, where it is installed. Call before a driver is loaded.
+
+    Mesa's software driver and Triton each bring an LLVM. Mesa's finds its own beside Triton's, but Triton, imported
+    when Mesa's is there (which torch's optimisers do, late), ends the process.
+    """
+    with contextlib.suppress(Exception):  # it is optional, and may be broken in many ways
+        import triton  # noqa: F401
+
+
 def has_gpu() -> bool:
     """Whether a GPU's device file is there, so that OpenGL need not be software."""
     return any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/dri"))
@@ -66,6 +78,7 @@ def rehearse_envpool(id: str, camera: int) -> None:
     """
     if not preload():
         raise MissingDependency(HELP)
+    import_triton_first()
     if _envpool_came_first:
         raise EnvError(
             "envpool was imported before OpenGL was loaded, and would end the process if it rendered; "
@@ -85,6 +98,7 @@ def egl_works() -> bool:
     """True if EGL finds a device that it can start; mujoco looks for one in the same way."""
     if not _load("libEGL.so.1"):
         return False
+    import_triton_first()
     egl = ctypes.CDLL("libEGL.so.1")
     egl.eglGetProcAddress.restype = ctypes.c_void_p
     entries = [egl.eglGetProcAddress(name) for name in (b"eglQueryDevicesEXT", b"eglGetPlatformDisplayEXT")]
@@ -108,6 +122,7 @@ def choose_mujoco_gl(required: bool) -> None:
     """
     if not sys.platform.startswith("linux"):
         return
+    import_triton_first()
     if chosen := os.environ.get("MUJOCO_GL"):
         if chosen == "egl" and not egl_works():  # importing mujoco would fail
             raise MissingDependency(f"the environment variable MUJOCO_GL is 'egl', but {HELP}")

@@ -49,7 +49,8 @@ def make(
     Args:
         pixels: a picture "image" beside the state.
         camera: number or name of the camera.
-        options: "vectorization" ("sync" or "async"); the others go to `gymnasium.make`.
+        options: "vectorization" ("sync" or "async"); "segmentation": a mask beside the picture; the others go to
+            `gymnasium.make`.
 
     Raises:
         EnvError: unknown id or option.
@@ -60,10 +61,12 @@ def make(
         raise EnvError(f"gymnasium-robotics has no environment {id!r}{suggest(id, known)}")
     options = dict(options)
     vectorization = options.pop("vectorization", "sync")
-    finish = None
+    finish, segmentation = None, options.pop("segmentation", False)
+    if segmentation and not pixels:
+        raise EnvError(f"segmentation is {segmentation!r}, but only pictures (pixels=True) have a mask")
     if pixels:
         options = gym.rendering("gymnasium_robotics", image_size, camera, options)
-        finish = functools.partial(gym.observe_picture, camera, True)
+        finish = functools.partial(gym.observe_picture, camera, True, segmentation)
     elif camera is not None:
         raise EnvError(f"camera is {camera!r}, but only pictures (pixels=True) have a camera")
     one = functools.partial(gymnasium.make, id, disable_env_checker=True, **options)

@@ -18,6 +18,8 @@ Array = NDArray[Any]
 
 # The smallest side that the picture encoders take; what is smaller is a vector.
 MIN_PICTURE_SIDE = 5
+# Entry of an observation that goes to `info`: which object every pixel shows.
+SEGMENTATION = "segmentation"
 # Names of the other entries of a replay step.
 RESERVED_KEYS = frozenset(
     {"action", "reward", "is_first", "is_last", "is_terminal", "deter", "stoch"}

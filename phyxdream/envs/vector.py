@@ -8,7 +8,7 @@ import numpy as np
 from gymnasium import spaces, vector
 from numpy.typing import NDArray
 
-from phyxdream.envs.spaces import ActionMap, ObservationMap
+from phyxdream.envs.spaces import SEGMENTATION, ActionMap, ObservationMap
 from phyxdream.errors import EnvError
 
 Array = NDArray[Any]
@@ -43,13 +43,16 @@ class VectorEnv(vector.VectorEnv):
     - Autoreset is NEXT_STEP: the final observation comes with the flags; the next step ignores that environment's
       action and brings the first frame of its next episode, with reward 0.
     - `info` of `reset` and `step` holds bool arrays (N,): `is_first` (a first frame), `is_last` (the episode ended,
-      by termination or by a time limit) and `is_terminal` (it ended because the task says so, not the clock).
+      by termination or by a time limit) and `is_terminal` (it ended because the task says so, not the clock). With
+      `segmentation` also that: int32 (N, H, W), which object every pixel of the picture shows.
 
     Args:
         backend: the environments.
         id: the full name, for messages.
         seed: seeds the first `reset` that is not given another seed.
         image_size: (height, width) that pictures are resized to, or None.
+        segmentation: the backend's observation is a dict with an entry of that name, integers (H, W), that belongs
+            into `info`.
 
     Raises:
         EnvError: when a space cannot be handled; from `step` also on wrong actions, and when an environment brings a
@@ -58,7 +61,14 @@ class VectorEnv(vector.VectorEnv):
 
     metadata: dict[str, Any] = {}  # noqa: RUF012  (gymnasium's own name and type)
 
-    def __init__(self, backend: Backend, id: str, seed: int, image_size: tuple[int, int] | None = None):
+    def __init__(
+        self,
+        backend: Backend,
+        id: str,
+        seed: int,
+        image_size: tuple[int, int] | None = None,
+        segmentation: bool = False,
+    ):
         self.id = id
         self.num_envs = backend.num_envs
         self.metadata = {"autoreset_mode": _next_step_mode()}
@@ -66,14 +76,19 @@ class VectorEnv(vector.VectorEnv):
         self._seed: int | None = seed
         self._steps = 0
         self._last: Array | None = None  # which environments ended at the previous step; None: reset first
+        space = backend.observation_space
+        if segmentation:
+            space = spaces.Dict({key: value for key, value in space.items() if key != SEGMENTATION})
         try:
-            self._observe = ObservationMap(backend.observation_space, image_size)
+            self._observe = ObservationMap(space, image_size)
             self._act = ActionMap(backend.action_space)
         except EnvError as error:
             raise EnvError(f"{id}: {error}") from None
         self.has_picture = self._observe.has_picture
         self.single_observation_space = self._observe.space
         self.single_action_space = self._act.space
+        pictures = [space.shape[1:] for space in self.single_observation_space.values() if len(space.shape) == 3]
+        self._mask_size = pictures[0] if segmentation else None
         self.observation_space = vector.utils.batch_space(self.single_observation_space, self.num_envs)
         self.action_space = vector.utils.batch_space(self.single_action_space, self.num_envs)
 
@@ -95,11 +110,13 @@ class VectorEnv(vector.VectorEnv):
         seed, self._seed = (self._seed if seed is None else seed), None
         self._last = None
         self._steps = 0
-        observation = self._observe(self._backend.reset(seed))
+        raw = self._backend.reset(seed)
+        observation = self._observe(raw)
         self._check_finite(observation, np.zeros(self.num_envs, np.float32))
         self._last = np.zeros(self.num_envs, bool)
         none = np.zeros(self.num_envs, bool)
-        return observation, {"is_first": ~none, "is_last": none, "is_terminal": none.copy()}
+        info = {"is_first": ~none, "is_last": none, "is_terminal": none.copy(), **self._masks(raw)}
+        return observation, info
 
     def step(self, actions: Any) -> tuple[dict[str, Array], Array, Array, Array, dict[str, Any]]:
         """Advance every environment by one step (of `action_repeat` steps of its own).
@@ -127,11 +144,22 @@ class VectorEnv(vector.VectorEnv):
         terminated, truncated = np.array(terminated, bool), np.array(truncated, bool) & ~np.asarray(terminated, bool)
         self._last = terminated | truncated
         info = {"is_first": is_first, "is_last": self._last.copy(), "is_terminal": terminated.copy()}
+        info |= self._masks(raw)
         return observation, reward, terminated, truncated, info
 
     def close_extras(self, **kwargs: Any) -> None:
         """Close the backend; `close` calls this once."""
         self._backend.close()
+
+    def _masks(self, raw: Any) -> dict[str, Array]:
+        if self._mask_size is None:
+            return {}
+        mask = np.array(raw[SEGMENTATION], np.int32)
+        if mask.shape[1:] != self._mask_size:  # where the picture was resized: numbers cannot be averaged
+            sizes = zip(mask.shape[1:], self._mask_size, strict=True)
+            row, column = ((2 * np.arange(new) + 1) * old // (2 * new) for old, new in sizes)
+            mask = mask[:, row[:, None], column]
+        return {SEGMENTATION: mask}
 
     def _check_open(self) -> None:
         if self.closed:

@@ -9,11 +9,14 @@ import numpy as np
 
 from phyxdream import envs
 from phyxdream.agents.config import DreamerConfig
+from phyxdream.agents.dreamer import FLAGS
 from phyxdream.envs import VectorEnv
 
 
-def make_env(config: DreamerConfig, num_envs: int | None = None, seed: int | None = None) -> VectorEnv:
-    """The environments a configuration asks for."""
+def make_env(
+    config: DreamerConfig, num_envs: int | None = None, seed: int | None = None, segmentation: bool = False
+) -> VectorEnv:
+    """The environments a configuration asks for; `segmentation` as for `envs.make`."""
     return envs.make(
         config.env_id,
         num_envs=num_envs or config.num_envs,
@@ -22,6 +25,7 @@ def make_env(config: DreamerConfig, num_envs: int | None = None, seed: int | Non
         time_limit=config.time_limit,
         image_size=config.image_size,
         pixels=config.pixels,
+        segmentation=segmentation,
         **({} if config.camera is None else {"camera": config.camera}),
     )
 
@@ -35,7 +39,7 @@ class Episode:
 
 
 class Driver:
-    """Steps vectorised environments and keeps, in `row`, the replay step each one is at.
+    """Steps vectorised environments and keeps, in `row`, the replay step each one is at, and in `info` what else came.
 
     The actions since the environments were made are kept too: environments cannot be saved, but the same seed and
     actions bring them back exactly (`replay_actions`). Recording ends after `budget` seconds of stepping, when
@@ -49,9 +53,10 @@ class Driver:
         self._returns = np.zeros(env.num_envs)
         self._lengths = np.zeros(env.num_envs, np.int64)
         self._actions: list[np.ndarray] | None = []
-        observation, info = env.reset()
+        observation, self.info = env.reset()
         zeros = np.zeros((env.num_envs, *env.single_action_space.shape), np.int32 if self.discrete else np.float32)
-        self.row = {**observation, **info, "action": zeros, "reward": np.zeros(env.num_envs, np.float32)}
+        self.row = {**observation, "action": zeros, "reward": np.zeros(env.num_envs, np.float32)}
+        self.row |= {name: self.info[name] for name in FLAGS}
 
     def step(self, action: np.ndarray) -> tuple[int, list[Episode]]:
         """Take one action (N,) or (N, A) everywhere; `row` is the new replay step.
@@ -60,17 +65,17 @@ class Driver:
         episodes that ended.
         """
         start = time.perf_counter()
-        observation, reward, _, _, info = self.env.step(action)
+        observation, reward, _, _, self.info = self.env.step(action)
         self.seconds += time.perf_counter() - start
         action = action.astype(self.row["action"].dtype)
         if self._actions is not None:
             self._actions.append(action)
             if self.seconds > self.budget:
                 self._actions = None
-        first, last = info["is_first"], info["is_last"]
+        first, last = self.info["is_first"], self.info["is_last"]
         led_here = np.where(first.reshape(-1, *[1] * (action.ndim - 1)), 0, action).astype(action.dtype)
         self.row = {**observation, "action": led_here, "reward": reward}
-        self.row |= {name: info[name] for name in ("is_first", "is_last", "is_terminal")}
+        self.row |= {name: self.info[name] for name in FLAGS}
         self._returns[first], self._lengths[first] = 0.0, 0
         self._returns += reward
         self._lengths += ~first

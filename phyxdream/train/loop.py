@@ -29,6 +29,7 @@ from phyxdream.train.memory import keep_freed_memory
 from phyxdream.train.metrics import Metrics
 from phyxdream.train.progress import Progress
 from phyxdream.train.report import write_report
+from phyxdream.train.report_slots import slot_panels
 from phyxdream.train.run import Run
 from phyxdream.train.video import open_loop_video
 
@@ -263,7 +264,8 @@ def train(agent: DreamerAgent, resume: bool = False, quiet: bool = False) -> Tra
                     session.log(metrics)
                 session.save()
                 result = session.evaluate(metrics.elapsed)
-                report = write_report(run, video=open_loop_video(agent, session.replay))
+                video, panels = open_loop_video(agent, session.replay), slot_panels(agent)
+                report = write_report(run, video=video, extra_panels=panels)
             return TrainResult(run, session.counters.steps, result, report)
     finally:
         session.close()

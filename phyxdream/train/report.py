@@ -27,11 +27,11 @@ from phyxdream.train.progress import clock
 from phyxdream.train.run import Run
 
 # Drawn in these, and turned into CSS variables of the same names when a figure goes into the page.
-_INK = {"ink": "#1b2430", "muted": "#66727f", "line": "#dfe4ea", "accent": "#2563eb", "second": "#d9660b"}
-_LEGEND = {"fontsize": 8, "frameon": False, "labelcolor": _INK["muted"]}
-_SEEN, _IMAGINED = (56, 189, 248), (245, 158, 11)  # frame colours: the model saw the picture, the model imagines it
+INK = {"ink": "#1b2430", "muted": "#66727f", "line": "#dfe4ea", "accent": "#2563eb", "second": "#d9660b"}
+LEGEND = {"fontsize": 8, "frameon": False, "labelcolor": INK["muted"]}
+SEEN, IMAGINED = (56, 189, 248), (245, 158, 11)  # frame colours: the model saw the picture, the model imagines it
 _GIF_BYTES = 2_500_000
-_PAGE_WIDTH = 1030  # pixels of a section's inside
+PAGE_WIDTH = 1030  # pixels of a section's inside
 _FRAME_MS = 160
 
 
@@ -40,7 +40,8 @@ class Panel(NamedTuple):
 
     Attributes:
         title: its heading.
-        content: a matplotlib `Figure`, a uint8 image (H, W), (H, W, 1 or 3), the bytes of a PNG or GIF, or plain text.
+        content: a matplotlib `Figure`, a uint8 image (H, W), (H, W, 1 or 3), the bytes of a PNG or GIF, a mapping of
+            names to numbers, or plain text.
         caption: a sentence below.
     """
 
@@ -132,13 +133,13 @@ def curve_figure(columns: Mapping[str, np.ndarray], evaluations: Sequence[Mappin
     figure = Figure(figsize=(9.6, 3.3), layout="constrained")
     grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (label, x, points) in zip(grid, panels, strict=True):
-        _dress(axes)
+        dress(axes)
         _draw(axes, x, value, dots=True)
         _draw_evaluations(axes, points)
-        axes.set_xlabel(label, color=_INK["muted"], fontsize=9)
+        axes.set_xlabel(label, color=INK["muted"], fontsize=9)
     left = grid[0]
-    left.set_ylabel("episode return", color=_INK["muted"], fontsize=9)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=3, **_LEGEND)
+    left.set_ylabel("episode return", color=INK["muted"], fontsize=9)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", ncols=3, **LEGEND)
     return figure
 
 
@@ -263,13 +264,13 @@ def _video_section(video: Mapping[str, Any] | None, files: dict[str, bytes]) -> 
     except (KeyError, TypeError, ValueError) as e:
         return _sentence(f"The video prediction cannot be shown: {e}")
     files["open_loop.gif"] = animation = _gif(prediction)
-    files["open_loop.png"] = strip = _png(_strip(prediction))
+    files["open_loop.png"] = strip = png(_strip(prediction))
     frames, context = len(prediction.truth), prediction.context
     shown = _plural(min(context, frames), "picture")
     swatch = '<span class="swatch" style="background:rgb{}"></span>'
     caption = (
-        f"{swatch.format(_SEEN)}the model is shown the first {shown} · "
-        f"{swatch.format(_IMAGINED)}from then on it imagines, given the actions alone "
+        f"{swatch.format(SEEN)}the model is shown the first {shown} · "
+        f"{swatch.format(IMAGINED)}from then on it imagines, given the actions alone "
         f"({_plural(max(0, frames - context), 'step')})"
     )
     moving = f'<figure class="screen">{_image(animation, "gif", "open-loop prediction, animated")}</figure>'
@@ -284,6 +285,10 @@ def _extra(panel: Panel) -> str:
         body = f"<figure>{_svg(content)}</figure>"
     elif isinstance(content, str):
         body = f"<p>{html.escape(content)}</p>"
+    elif isinstance(content, Mapping):
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in content)
+        row = "".join(f"<td>{_short(float(value))}</td>" for value in content.values())
+        body = f'<div class="scroll"><table class="figures"><tr>{head}</tr><tr>{row}</tr></table></div>'
     elif isinstance(content, (bytes, bytearray)):
         kind = "gif" if content[:3] == b"GIF" else "png"
         body = f'<figure class="scroll">{_image(bytes(content), kind, panel.title)}</figure>'
@@ -292,8 +297,8 @@ def _extra(panel: Panel) -> str:
         if array.dtype != np.uint8:
             raise TypeError(f"expected a uint8 image, got {array.dtype}")
         image = Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array)
-        image = image.resize([side * _upscaling(*image.size[::-1]) for side in image.size], Image.Resampling.NEAREST)
-        body = f'<figure class="scroll">{_image(_png(image), "png", panel.title)}</figure>'
+        image = image.resize([side * upscaling(*image.size[::-1]) for side in image.size], Image.Resampling.NEAREST)
+        body = f'<figure class="scroll">{_image(png(image), "png", panel.title)}</figure>'
     return body + (f"<p>{html.escape(panel.caption)}</p>" if panel.caption else "")
 
 
@@ -397,18 +402,19 @@ def _svg(figure: Figure) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)
     text = re.sub(r"\n\s*", "\n", text)
-    for name, colour in _INK.items():
+    for name, colour in INK.items():
         text = text.replace(colour, f"var(--{name})")
     return text
 
 
-def _dress(axes: Axes) -> None:
-    axes.grid(True, color=_INK["line"], linewidth=0.8)
+def dress(axes: Axes) -> None:
+    """Grid, ticks and colours as all plots of the report have them."""
+    axes.grid(True, color=INK["line"], linewidth=0.8)
     axes.set_axisbelow(True)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(_INK["line"])
-    axes.tick_params(colors=_INK["muted"], labelsize=8, length=0)
+        spine.set_color(INK["line"])
+    axes.tick_params(colors=INK["muted"], labelsize=8, length=0)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
         axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
@@ -425,13 +431,13 @@ def _draw(axes: Axes, x: np.ndarray, y: np.ndarray, *, dots: bool, log: bool = F
     if dots or len(y) < 3:
         some = np.unique(np.linspace(0, len(y) - 1, 800).astype(int))
         axes.plot(
-            x[some], y[some], "o", color=_INK["accent"], markersize=3, alpha=0.35 if len(y) > 2 else 1,
+            x[some], y[some], "o", color=INK["accent"], markersize=3, alpha=0.35 if len(y) > 2 else 1,
             markeredgewidth=0, label="training episodes",
         )  # fmt: skip
     else:
-        axes.plot(x[line], y[line], color=_INK["accent"], linewidth=0.8, alpha=0.3)
+        axes.plot(x[line], y[line], color=INK["accent"], linewidth=0.8, alpha=0.3)
     if len(y) > 2:
-        axes.plot(x[line], smooth[line], color=_INK["accent"], linewidth=1.8, label="smoothed", zorder=3)
+        axes.plot(x[line], smooth[line], color=INK["accent"], linewidth=1.8, label="smoothed", zorder=3)
 
 
 def _draw_evaluations(axes: Axes, points: Sequence[tuple[float, Mapping[str, float]]]) -> None:
@@ -441,13 +447,13 @@ def _draw_evaluations(axes: Axes, points: Sequence[tuple[float, Mapping[str, flo
     x, y = [at for at, _ in points], [s["mean"] for _, s in points]
     bars = [[np.nanmin((s["std"], abs(s["mean"] - s[end]), 1e30)) for _, s in points] for end in ("min", "max")]
     style = {"fmt": "D", "markersize": 5, "capsize": 3, "linewidth": 1.2, "zorder": 4}
-    axes.errorbar(x, y, np.where(np.array(bars) < 1e30, bars, 0), color=_INK["second"], label="evaluation", **style)
+    axes.errorbar(x, y, np.where(np.array(bars) < 1e30, bars, 0), color=INK["second"], label="evaluation", **style)
 
 
 def _panel_figure(step: np.ndarray, values: np.ndarray) -> Figure:
     figure = Figure(figsize=(3.5, 1.9), layout="constrained")
     axes = figure.subplots()
-    _dress(axes)
+    dress(axes)
     finite = values[np.isfinite(values)]
     log = bool((finite > 0).all() and finite.max() > 30 * finite.min())
     _draw(axes, step, values, dots=False, log=log)
@@ -468,19 +474,19 @@ def _horizon_figure(prediction: _Prediction) -> Figure:
     frozen = np.abs(truth - truth[prediction.context - 1]).mean(axis=over)
     figure = Figure(figsize=(6.4, 2.3), layout="constrained")
     axes = figure.subplots()
-    _dress(axes)
+    dress(axes)
     time = np.arange(1, len(truth) + 1)
-    axes.plot(time, model, color=_INK["accent"], linewidth=1.8, label="model")
+    axes.plot(time, model, color=INK["accent"], linewidth=1.8, label="model")
     axes.plot(
-        time[prediction.context - 1 :], frozen[prediction.context - 1 :], color=_INK["muted"], linewidth=1.2,
+        time[prediction.context - 1 :], frozen[prediction.context - 1 :], color=INK["muted"], linewidth=1.2,
         linestyle="--", label="last picture seen, frozen",
     )  # fmt: skip
-    axes.axvline(prediction.context + 0.5, color=_INK["second"], linewidth=1)
+    axes.axvline(prediction.context + 0.5, color=INK["second"], linewidth=1)
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
-    axes.set_xlabel("frame", color=_INK["muted"], fontsize=9)
-    axes.set_ylabel("mean error", color=_INK["muted"], fontsize=9)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=2, **_LEGEND)
+    axes.set_xlabel("frame", color=INK["muted"], fontsize=9)
+    axes.set_ylabel("mean error", color=INK["muted"], fontsize=9)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=2, **LEGEND)
     return figure
 
 
@@ -537,7 +543,8 @@ def _frames(array: np.ndarray, name: str) -> np.ndarray:
     return np.broadcast_to(array, (*array.shape[:-1], 3))
 
 
-def _upscaling(height: int, width: int) -> int:
+def upscaling(height: int, width: int) -> int:
+    """How often the pixels of small pictures are repeated."""
     return max(1, round(112 / max(height, width)))
 
 
@@ -545,7 +552,7 @@ def _gif(prediction: _Prediction) -> bytes:
     """The animation, with fewer sequences, smaller or fewer frames where it would be too many bytes."""
     times = list(range(min(len(prediction.truth), 100)))
     sequences = min(6, prediction.truth.shape[1])
-    scale = _upscaling(*prediction.truth.shape[2:4])
+    scale = upscaling(*prediction.truth.shape[2:4])
     while True:
         sample = times[:: math.ceil(len(times) / 4)]
         if len(_encode(prediction, sample, sequences, scale)) * len(times) / len(sample) < 0.9 * _GIF_BYTES:
@@ -581,17 +588,17 @@ def _frame(prediction: _Prediction, t: int, sequences: int, scale: int) -> Image
     image = Image.new("RGB", (total_w, top + 3 * (cell_h + gap) + bottom), (15, 23, 32))
     draw = ImageDraw.Draw(image)
     seen = t < prediction.context
-    colour = _SEEN if seen else _IMAGINED
-    draw.text((left + gap, top / 2), f"frame {t + 1} of {frames}", fill=(226, 232, 240), font=_font(13), anchor="lm")
-    draw.text((left + gap + 120, top / 2), "seen" if seen else "imagined", fill=colour, font=_font(13), anchor="lm")
+    colour = SEEN if seen else IMAGINED
+    draw.text((left + gap, top / 2), f"frame {t + 1} of {frames}", fill=(226, 232, 240), font=font(13), anchor="lm")
+    draw.text((left + gap + 120, top / 2), "seen" if seen else "imagined", fill=colour, font=font(13), anchor="lm")
     for row, (label, pictures) in enumerate(_rows(prediction, [t], sequences)):
         y = top + row * (cell_h + gap)
-        draw.text((left - 4, y + cell_h / 2), label, fill=(148, 163, 184), font=_font(12), anchor="rm")
+        draw.text((left - 4, y + cell_h / 2), label, fill=(148, 163, 184), font=font(12), anchor="rm")
         for column in range(sequences):
             x = left + gap + column * (cell_w + gap)
-            image.paste(_cell(pictures[0, column], scale, colour, border), (x, y))
+            image.paste(cell(pictures[0, column], scale, colour, border), (x, y))
     y, start, length = image.height - 10, left + gap, total_w - left - 2 * gap
-    for first, last, shade in ((0, prediction.context, _SEEN), (prediction.context, frames, _IMAGINED)):
+    for first, last, shade in ((0, prediction.context, SEEN), (prediction.context, frames, IMAGINED)):
         last = min(last, frames)
         if first >= last:
             continue
@@ -607,28 +614,28 @@ def _strip(prediction: _Prediction) -> Image.Image:
     frames, batch, height, width = prediction.truth.shape[:4]
     context = min(prediction.context, frames)
     sequences = min(2, batch)
-    scale, border, gap, left, top = _upscaling(height, width), 3, 4, 52, 22
+    scale, border, gap, left, top = upscaling(height, width), 3, 4, 52, 22
     cell_w, cell_h = width * scale + 2 * border, height * scale + 2 * border
-    room = min(12, max(4, (_PAGE_WIDTH - left - gap) // (cell_w + gap)))
-    times = [*_spread(0, context, room // 3), *_spread(context, frames, room - room // 3)]
+    room = min(12, max(4, (PAGE_WIDTH - left - gap) // (cell_w + gap)))
+    times = [*spread(0, context, room // 3), *spread(context, frames, room - room // 3)]
     block = 3 * (cell_h + gap) + 10
     image = Image.new("RGB", (left + len(times) * (cell_w + gap) + gap, top + sequences * block), "white")
     draw = ImageDraw.Draw(image)
     for column, t in enumerate(times):
         x = left + gap + column * (cell_w + gap)
-        draw.text((x + cell_w / 2, top / 2), str(t + 1), fill=(71, 85, 105), font=_font(12), anchor="mm")
+        draw.text((x + cell_w / 2, top / 2), str(t + 1), fill=(71, 85, 105), font=font(12), anchor="mm")
     for row, (label, pictures) in enumerate(_rows(prediction, times, sequences)):
         for sequence in range(sequences):
             y = top + sequence * block + row * (cell_h + gap)
-            draw.text((left - 4, y + cell_h / 2), label, fill=(71, 85, 105), font=_font(12), anchor="rm")
+            draw.text((left - 4, y + cell_h / 2), label, fill=(71, 85, 105), font=font(12), anchor="rm")
             for column, t in enumerate(times):
-                colour = _SEEN if t < prediction.context else _IMAGINED
+                colour = SEEN if t < prediction.context else IMAGINED
                 x = left + gap + column * (cell_w + gap)
-                image.paste(_cell(pictures[column, sequence], scale, colour, border), (x, y))
+                image.paste(cell(pictures[column, sequence], scale, colour, border), (x, y))
     return image
 
 
-def _spread(first: int, last: int, count: int) -> list[int]:
+def spread(first: int, last: int, count: int) -> list[int]:
     """Up to `count` of the frames `first` to `last - 1`, evenly, with both ends."""
     return np.unique(np.linspace(first, last - 1, count).astype(int)).tolist() if first < last else []
 
@@ -639,18 +646,21 @@ def _rows(prediction: _Prediction, times: Sequence[int], sequences: int) -> list
     return [("truth", truth), ("model", model), ("error", error)]
 
 
-def _cell(picture: np.ndarray, scale: int, colour: tuple[int, int, int], border: int) -> Image.Image:
+def cell(picture: np.ndarray, scale: int, colour: tuple[int, int, int], border: int) -> Image.Image:
+    """A picture (H, W, 3) uint8, enlarged without blur, in a frame of one colour."""
     pixels = np.ascontiguousarray(picture).repeat(scale, 0).repeat(scale, 1)
-    cell = Image.new("RGB", (pixels.shape[1] + 2 * border, pixels.shape[0] + 2 * border), colour)
-    cell.paste(Image.fromarray(pixels), (border, border))
-    return cell
+    framed = Image.new("RGB", (pixels.shape[1] + 2 * border, pixels.shape[0] + 2 * border), colour)
+    framed.paste(Image.fromarray(pixels), (border, border))
+    return framed
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """The font that matplotlib brings along."""
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 
-def _png(image: Image.Image) -> bytes:
+def png(image: Image.Image) -> bytes:
+    """An image as PNG."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

@@ -40,6 +40,19 @@ def test_pictures(gl):
         envs.make("dmc:cartpole_balance", num_envs=1, pixels=True, camera=99)
 
 
+def test_segmentation(gl):
+    env = envs.make("dmc:manipulator_bring_ball", num_envs=1, seed=0, pixels=True, image_size=64, segmentation=True)
+    observation, info = env.reset()
+    assert list(observation) == ["image"]
+    mask = info["segmentation"]
+    assert mask.shape == (1, 64, 64) and mask.dtype == np.int32 and set(np.unique(mask)) == {0, 1, 2, 3}
+    assert (mask == 1).sum() > (mask == 2).sum() > 0  # the arm; the ball and its goal
+    assert env.step(env.action_space.sample())[4]["segmentation"].shape == mask.shape
+    env.close()
+    with pytest.raises(EnvError, match="only pictures"):
+        envs.make("dmc:walker_walk", num_envs=1, segmentation=True)
+
+
 def test_a_simulation_that_diverges_ends_its_episode():
     from phyxdream.envs.dmc import DMControl
 

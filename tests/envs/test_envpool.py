@@ -170,6 +170,23 @@ def test_pictures_of_mujoco(gl, id):
     assert np.ptp(observation["image"]) > 50
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("id", "box"),
+    [("HandManipulateBlockRotateZDense-v1", np.s_[21:32, 55:64]), ("LeapCubeReorient-v1", np.s_[8:36, 42:60])],
+)
+def test_the_goal_of_the_hand_is_in_the_picture(gl, id, box):
+    env = envs.make(f"envpool:{id}", num_envs=1, seed=0, pixels=True)
+    starts = [env.reset()[0]["image"][0] for _ in range(3)]
+    later = env.step(env.action_space.sample())[0]["image"][0]
+    env.close()
+    # To the right of the hand: still within an episode, another one in every episode.
+    rows, columns = box
+    goals = [image[:, rows, columns].astype(int) for image in (*starts, later)]
+    assert np.abs(goals[3] - goals[2]).mean() < 2
+    assert min(np.abs(goals[i] - goals[j]).mean() for i, j in ((0, 1), (1, 2), (0, 2))) > 4
+
+
 def test_a_camera_that_is_not_there_is_an_error_not_an_abort(gl):
     with pytest.raises(EnvError, match="has no camera 99"):
         envs.make("envpool:CartpoleBalance-v1", pixels=True, camera=99)

@@ -71,3 +71,42 @@ def test_rendered_pictures(gl):
     env.close()
     with pytest.raises(envs.EnvError, match="camera is 44; expected a number from -1 to 0"):
         envs.make("gym:HalfCheetah-v5", num_envs=1, pixels=True, camera=44)
+
+
+def test_pictures_do_not_depend_on_who_else_renders(gl):
+    pytest.importorskip("mujoco")
+
+    def pictures(disturb):
+        env = envs.make("gym:HalfCheetah-v5", num_envs=1, seed=0, pixels=True, image_size=16)
+        out = [env.reset()[0]["image"]]
+        other = envs.make("gym:Reacher-v5", num_envs=1, seed=0, pixels=True, image_size=24) if disturb else None
+        for step in range(3):
+            if other and step == 0:
+                other.reset()
+            if other and step == 1:
+                other.close()
+            out.append(env.step(np.full((1, 6), 0.5, np.float32))[0]["image"])
+        env.close()
+        return np.stack(out).astype(int)
+
+    alone = pictures(False)
+    assert np.ptp(alone[-1]) > 50
+    # Software drivers round now this way, now that.
+    assert np.abs(pictures(True) - alone).mean() < 3
+
+
+def test_segmentation_of_mujoco(gl):
+    pytest.importorskip("mujoco")
+    env = envs.make("gym:HalfCheetah-v5", num_envs=2, pixels=True, image_size=(48, 64), segmentation=True)
+    observation, info = env.reset()
+    for _ in range(3):
+        observation, _, _, _, info = env.step(env.action_space.sample())
+    assert list(observation) == ["image"]
+    mask = info["segmentation"]
+    assert mask.shape == (2, 48, 64) and set(np.unique(mask)) == {0, 1}
+    # The cheetah is brown, all else grey.
+    brown = observation["image"][:, 0].astype(int) - observation["image"][:, 2]
+    assert (brown[mask == 1] > 20).mean() > 0.7 > 0.1 > (brown[mask == 0] > 20).mean()
+    env.close()
+    with pytest.raises(envs.EnvError, match="segmentation is True, but gym:HalfCheetah-v5 draws no picture"):
+        envs.make("gym:HalfCheetah-v5", num_envs=1, segmentation=True)

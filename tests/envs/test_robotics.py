@@ -34,6 +34,37 @@ def test_picture_beside_the_state(gl):
         envs.make(HAND, num_envs=1, pixels=True, camera=3)
 
 
+def test_touch_and_goal_beside_the_picture(gl):
+    env = envs.make(
+        "robotics:HandManipulateBlockRotateZ_BooleanTouchSensorsDense-v1", num_envs=1, pixels=True, segmentation=True
+    )
+    observation, _ = env.reset()
+    shapes = {"achieved_goal": (7,), "desired_goal": (7,), "image": (3, 64, 64), "observation": (61 + 92,)}
+    assert {key: value.shape[1:] for key, value in observation.items()} == shapes
+    observation, reward, _, _, info = env.step(env.action_space.sample())
+    touch = observation["observation"][0, 61:]
+    assert set(np.unique(touch)) == {0, 1} and reward[0] < 0
+    assert set(np.unique(info["segmentation"])) == {0, 1, 2, 3}  # sensors belong to the hand
+    env.close()
+
+
+def test_segmentation_of_hand_block_and_goal(gl):
+    env = envs.make(HAND, num_envs=1, seed=1, pixels=True, image_size=96, segmentation=True)
+    observation, info = env.reset()
+    assert sorted(observation) == ["achieved_goal", "desired_goal", "image", "observation"]
+    for _ in range(2):
+        mask, image = info["segmentation"][0], observation["image"][0].astype(int)
+        hand, block, goal = ((mask == number) for number in (1, 2, 3))
+        assert hand.sum() > block.sum() > 20 and goal.sum() > 20
+        grey = np.ptp(image, axis=0) < 25  # the hand is white and grey; the others are coloured, as is what is behind
+        assert grey[hand].mean() > 0.8 > 0.5 > grey[block | goal].mean()
+        assert grey[mask == 0].mean() < 0.1
+        observation, _, _, _, info = env.step(env.action_space.sample())
+    env.close()
+    with pytest.raises(EnvError, match="only pictures"):
+        envs.make(HAND, num_envs=1, segmentation=True)
+
+
 def test_unknown_id():
     with pytest.raises(EnvError, match="did you mean 'HandManipulateBlockRotateZDense-v1'"):
         envs.make("robotics:HandManipulateBlockRotateZDens-v1")

@@ -25,7 +25,7 @@ CONFIG = {
     "model": {"deter_size": 64},
 }
 VOID = {"meta", "img", "path", "use", "link", "br"}
-SEEN, IMAGINED = report._SEEN, report._IMAGINED
+SEEN, IMAGINED = report.SEEN, report.IMAGINED
 
 
 class Page(HTMLParser):
