@@ -1,7 +1,7 @@
 """Pictures as slots: an encoder whose last layer is slot attention, a decoder that paints every slot on a canvas of its
 own, and both together as an autoencoder.
 
-    tokens  = MLP(LN(conv(picture) + position))                          (N, H'·W', I)
+    tokens  = MLP(LN(conv(picture) + position)), normalised over them    (N, H'·W', I)
     slots   = slot attention over the tokens                             (N, K, D)
     parts   = MLP(W slot + position)  on a grid of patches               (N, K, H, W, C + 1)
     masks   = softmax over slots of the last channel     picture = Σ_k mask_k · colour_k
@@ -26,6 +26,12 @@ from phyxdream.nn.distributions import SlotMixture
 from phyxdream.nn.layers import MLP, linear, norm_act
 from phyxdream.nn.slots import SlotAttention, SlotTransformer
 from phyxdream.nn.vision import ChannelNormAct, as_float_image, check_image, conv
+
+TOKEN_EPS = 1e-4
+# Slots that start far from each other by chance, and pictures painted loudly by a decoder that knows nothing yet, teach
+# the decoder first of all not to listen to slots, from which it recovers after thousands of steps. So slots start close
+# together, queries tell them apart, and painting starts soft.
+INITIAL_STD, QUERY_GAIN, PAINT_SCALE = 0.1, 4.0, 0.05
 
 
 def grid(height: int, width: int) -> Tensor:
@@ -95,7 +101,10 @@ class SlotTokens(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         x = self.body(image.contiguous(memory_format=torch.channels_last))
-        return self.out(x.permute(0, 2, 3, 1).flatten(1, 2) + self.position())
+        x = self.out(x.permute(0, 2, 3, 1).flatten(1, 2) + self.position())
+        # What all tokens of a picture have in common tells nothing apart, and would drown the little that differs.
+        variance, mean = torch.var_mean(x, 1, correction=0, keepdim=True)
+        return (x - mean) * torch.rsqrt(variance + TOKEN_EPS)
 
 
 class SlotEncoder(nn.Module):
@@ -151,6 +160,10 @@ class SlotEncoder(nn.Module):
         self.attention = SlotAttention(
             slots, slot_size, token_size, hidden_size, iterations, initial=initial, implicit=implicit
         )
+        with torch.no_grad():
+            self.attention.to_q.weight.mul_(QUERY_GAIN)
+            if initial == "gaussian":
+                self.attention.initial_log_std.fill_(math.log(INITIAL_STD))
         self.predictor = SlotTransformer(slot_size, hidden_size=hidden_size) if predictor else None
 
     @property
@@ -286,7 +299,7 @@ class SlotDecoder(nn.Module):
         self.register_buffer("grid", grid(*self.cells), persistent=False)
         self.first = nn.Sequential(*norm_act(norm, hidden_size, act))
         self.body = MLP(hidden_size, hidden_size, layers, act, norm)
-        self.out = linear(hidden_size, patch * patch * (shape[0] + 1))
+        self.out = linear(hidden_size, patch * patch * (shape[0] + 1), scale=PAINT_SCALE)
 
     def forward(self, slots: Tensor) -> SlotMixture:
         x = self.first(self.from_slot(slots).unsqueeze(-2) + self.position(self.grid))  # (..., K, cells, hidden)
