@@ -3,14 +3,16 @@ own, and both together as an autoencoder.
 
     tokens  = MLP(LN(conv(picture) + position)), normalised over them    (N, H'·W', I)
     slots   = slot attention over the tokens                             (N, K, D)
-    parts   = MLP(W slot + position)  on a grid of patches               (N, K, H, W, C + 1)
+    parts   = MLP((1 + W slot)·position + V slot), for every patch        (N, K, H, W, C + 1)
     masks   = softmax over slots of the last channel     picture = Σ_k mask_k · colour_k
 
 Sources: Locatello et al., "Object-Centric Learning with Slot Attention", 2020, for all but the decoder's layers; Kipf
 et al., "Conditional Object-Centric Learning from Video", 2022, for slots that go on from frame to frame. Their decoder
-is a stack of transposed convolutions for each slot, which is most of the work of a step. Here a slot meets the position
-of each patch in a sum, of which the position's part is computed once for all pictures and slots, and dense layers turn
-the sum into the patch: products of matrices, and nothing at full resolution but the answer.
+is a stack of transposed convolutions for each slot, which is most of the work of a step. Here a slot scales and shifts
+the code of each patch's position, which is computed once for all pictures and slots, and dense layers turn the result
+into the patch: products of matrices, and nothing at full resolution but the answer. With products of slot and position
+(Perez et al., "FiLM", 2018) and sines of the position, outlines around any place are near at hand; sums of both take
+twice as many steps to them.
 """
 
 from __future__ import annotations
@@ -39,6 +41,12 @@ def grid(height: int, width: int) -> Tensor:
     y, x = ((torch.arange(n) + 0.5) / n for n in (height, width))
     y, x = torch.meshgrid(y, x, indexing="ij")
     return torch.stack([x, y, 1 - x, 1 - y], -1).flatten(0, 1)
+
+
+def waves(cells: Tensor, octaves: int = 3) -> Tensor:
+    """Cells (N, 4) of `grid`, and beside them sines and cosines of x and y with 1/2, 1, 2, ... periods a picture."""
+    angles = [math.pi * 2**k * cells[:, :2] for k in range(octaves)]
+    return torch.cat([cells, *(wave(angle) for angle in angles for wave in (torch.sin, torch.cos))], -1)
 
 
 class SoftPosition(nn.Module):
@@ -78,8 +86,8 @@ class SlotTokens(nn.Module):
         kernel: int = 5,
         stride: int = 1,
         out_size: int = 64,
-        act: str = "relu",
-        norm: str = "none",
+        act: str = "silu",
+        norm: str = "rms",
     ):
         super().__init__()
         check_image("image", shape)
@@ -149,8 +157,8 @@ class SlotEncoder(nn.Module):
         kernel: int = 5,
         stride: int = 1,
         token_size: int = 64,
-        act: str = "relu",
-        norm: str = "none",
+        act: str = "silu",
+        norm: str = "rms",
     ):
         super().__init__()
         if predictor and not recurrent:
@@ -263,7 +271,7 @@ class SlotDecoder(nn.Module):
         slot_size: D.
         shape: (C, H, W).
         hidden_size: width of the layers.
-        layers: how many there are between the sum and the patch.
+        layers: how many there are between slot and position, and the patch.
         patch: side of a patch in pixels.
         act, norm: after every layer.
         l1: λ of the loss, see `SquaredError`.
@@ -294,16 +302,19 @@ class SlotDecoder(nn.Module):
                 raise ConfigError(f"{name}: expected at least 1, got {value}")
         self.shape, self.patch, self.l1 = tuple(shape), patch, l1
         self.cells = math.ceil(shape[1] / patch), math.ceil(shape[2] / patch)
-        self.from_slot = linear(slot_size, hidden_size)
-        self.position = nn.Sequential(linear(4, hidden_size), nn.ReLU(), linear(hidden_size, hidden_size))
-        self.register_buffer("grid", grid(*self.cells), persistent=False)
+        self.from_slot = linear(slot_size, 2 * hidden_size)
+        self.register_buffer("waves", waves(grid(*self.cells)), persistent=False)
+        self.position = nn.Sequential(
+            linear(self.waves.shape[1], hidden_size), nn.ReLU(), linear(hidden_size, hidden_size)
+        )
         self.first = nn.Sequential(*norm_act(norm, hidden_size, act))
         self.body = MLP(hidden_size, hidden_size, layers, act, norm)
         self.out = linear(hidden_size, patch * patch * (shape[0] + 1), scale=PAINT_SCALE)
 
     def forward(self, slots: Tensor) -> SlotMixture:
-        x = self.first(self.from_slot(slots).unsqueeze(-2) + self.position(self.grid))  # (..., K, cells, hidden)
-        parts = self.out(self.body(x))
+        scale, shift = self.from_slot(slots).unsqueeze(-2).chunk(2, -1)  # (..., K, 1, hidden)
+        x = torch.addcmul(shift, scale + 1, self.position(self.waves))  # (..., K, cells, hidden)
+        parts = self.out(self.body(self.first(x)))
         patches = parts.unflatten(-1, (self.patch, self.patch, -1)).unflatten(-4, self.cells)
         return SlotMixture.of_patches(patches, self.shape[1:], self.l1)
 
