@@ -189,13 +189,13 @@ class SlotMixture(SquaredError):
 
     @classmethod
     def of_patches(cls, patches: Tensor, size: tuple[int, int], l1: float = 0.0) -> SlotMixture:
-        """From what a decoder of patches returns, (..., K, rows, columns, P, P, C + 1): colours, and the logits of the
+        """From what a decoder of patches returns, (..., K, rows, columns, C + 1, P, P): colours, and the logits of the
         masks as the last channel. `size` (H, W) cuts off what the last row and column hold too much."""
-        return cls(patches[..., :-1], patches[..., -1:].softmax(-6), size, l1)
+        return cls(patches[..., :-1, :, :], patches[..., -1:, :, :].softmax(-6), size, l1)
 
     def channels(self, first: int, last: int) -> SlotMixture:
         """The mixture of some channels alone, under the same masks."""
-        return SlotMixture(self._colours[..., first:last], self._weights, self._size, self.l1)
+        return SlotMixture(self._colours[..., first:last, :, :], self._weights, self._size, self.l1)
 
     @property
     def masks(self) -> Tensor:
@@ -207,10 +207,10 @@ class SlotMixture(SquaredError):
 
 
 def _picture(patches: Tensor, size: tuple[int, int]) -> Tensor:
-    """Patches (..., rows, columns, P, P, C) as pictures (..., C, H, W)."""
-    *lead, rows, columns, P, _, C = patches.shape
+    """Patches (..., rows, columns, C, P, P) as pictures (..., C, H, W)."""
+    *lead, rows, columns, C, P, _ = patches.shape
     n = len(lead)
-    image = patches.permute(*range(n), n + 4, n, n + 2, n + 1, n + 3).reshape(*lead, C, rows * P, columns * P)
+    image = patches.permute(*range(n), n + 2, n, n + 3, n + 1, n + 4).reshape(*lead, C, rows * P, columns * P)
     return image[..., : size[0], : size[1]]
 
 

@@ -111,8 +111,8 @@ class SlotTokens(nn.Module):
         x = self.body(image.contiguous(memory_format=torch.channels_last))
         x = self.out(x.permute(0, 2, 3, 1).flatten(1, 2) + self.position())
         # What all tokens of a picture have in common tells nothing apart, and would drown the little that differs.
-        variance, mean = torch.var_mean(x, 1, correction=0, keepdim=True)
-        return (x - mean) * torch.rsqrt(variance + TOKEN_EPS)
+        x = x - x.mean(1, keepdim=True)
+        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + TOKEN_EPS)
 
 
 class SlotEncoder(nn.Module):
@@ -315,7 +315,7 @@ class SlotDecoder(nn.Module):
         scale, shift = self.from_slot(slots).unsqueeze(-2).chunk(2, -1)  # (..., K, 1, hidden)
         x = torch.addcmul(shift, scale + 1, self.position(self.waves))  # (..., K, cells, hidden)
         parts = self.out(self.body(self.first(x)))
-        patches = parts.unflatten(-1, (self.patch, self.patch, -1)).unflatten(-4, self.cells)
+        patches = parts.unflatten(-1, (-1, self.patch, self.patch)).unflatten(-4, self.cells)
         return SlotMixture.of_patches(patches, self.shape[1:], self.l1)
 
 

@@ -151,13 +151,13 @@ def test_the_order_of_slots_is_that_of_masks_and_changes_no_picture():
 
 def test_patches_lie_where_they_belong():
     """A patch is a part of the picture, rows first: each pixel is where a loop puts it."""
-    patches = torch.randn(2, K, 3, 2, 4, 4, 4)  # 3x2 patches of 4x4 pixels: colours and logits
-    mixture = nn.SlotMixture.of_patches(patches, (11, 8))
-    masks = patches[..., 3].softmax(1)
-    for row, column in ((0, 0), (5, 2), (10, 7), (7, 6)):
-        at = slice(None), slice(None), row // 4, column // 4, row % 4, column % 4
-        torch.testing.assert_close(mixture.masks[:, :, row, column], masks[at])
-        torch.testing.assert_close(mixture.pictures[:, :, :, row, column], patches[..., :3][at])
+    patches = torch.randn(2, K, 3, 2, 4, 5, 5)  # 3x2 patches of 5x5 pixels: colours and logits
+    mixture = nn.SlotMixture.of_patches(patches, (13, 10))
+    assert mixture.mode.shape == (2, 3, 13, 10)
+    for row, column in ((0, 0), (5, 2), (12, 9), (9, 6), (2, 8)):
+        pixel = patches[:, :, row // 5, column // 5, :, row % 5, column % 5]  # (2, K, C + 1)
+        torch.testing.assert_close(mixture.masks[:, :, row, column], pixel[..., 3].softmax(1))
+        torch.testing.assert_close(mixture.pictures[:, :, :, row, column], pixel[..., :3])
 
 
 def test_channels_share_the_masks():
