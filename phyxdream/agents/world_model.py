@@ -187,11 +187,15 @@ class WorldModel(nn.Module):
         }.get(name, c.reconstruction_coeff)
 
     @torch.no_grad()
-    def open_loop(self, batch: Batch, context: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Predictions (T, B, *shape) of every observation: filtered for `context` steps, then imagined from the
-        recorded actions alone."""
+    def open_loop_feature(self, batch: Batch, context: int, generator: torch.Generator | None = None) -> Tensor:
+        """Features (T, B, F): filtered for `context` steps of a batch, then imagined from its actions alone."""
         seen = {name: batch[name][:context] for name in (*self.names, "action", "is_first")}
         post = self.filter(seen, generator=generator)
         prior = self.rssm.imagine(batch["action"][context:], post[-1], generator=generator)
-        decoded = self.decoder(torch.cat([post.feature, prior.feature]))
+        return torch.cat([post.feature, prior.feature])
+
+    @torch.no_grad()
+    def open_loop(self, batch: Batch, context: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Predictions (T, B, *shape) of every observation at the states of `open_loop_feature`."""
+        decoded = self.decoder(self.open_loop_feature(batch, context, generator))
         return {name: distribution.mode for name, distribution in decoded.items()}
