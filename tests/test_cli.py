@@ -31,6 +31,19 @@ def test_train_eval_report(tmp_path, capsys):
     assert main(["train", "--resume", "--logdir", logdir, "--total-steps", "150", "--quiet"]) == 0
 
 
+def test_train_on_slots(tmp_path, capsys):
+    """Preset `phyxdream` goes through the same commands; its report shows what the slots dream together."""
+    pytest.importorskip("envpool")
+    logdir = str(tmp_path / "run")
+    slots = ["--slots", "2", "--slot-size", "8", "--slot-depth", "4", "--slot-layers", "1", "--slot-decoder-size", "8"]
+    options = [*TINY, "--env", "envpool:Catch-v0", *slots, "--logdir", logdir]
+    assert main(["train", "phyxdream", *options]) == 0
+    assert main(["eval", logdir, "--episodes", "2"]) == 0
+    assert main(["report", logdir]) == 0
+    assert (tmp_path / "run" / "open_loop.gif").exists()
+    assert "over 2 episodes" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

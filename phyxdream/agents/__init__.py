@@ -3,5 +3,6 @@
 from phyxdream.agents.config import PRESETS, SIZES, DreamerConfig, preset
 from phyxdream.agents.dreamer import Carry, DreamerAgent, Update
 from phyxdream.agents.dreamer_v3 import DreamerV3
+from phyxdream.agents.phyxdream import PhyXDreamer
 
-__all__ = ["PRESETS", "SIZES", "Carry", "DreamerAgent", "DreamerConfig", "DreamerV3", "Update", "preset"]
+__all__ = ["PRESETS", "SIZES", "Carry", "DreamerAgent", "DreamerConfig", "DreamerV3", "PhyXDreamer", "Update", "preset"]

@@ -110,8 +110,43 @@ class DreamerConfig:
     norm: Literal["rms", "layer", "none"] = "rms"
     """`act` and `norm` are those of encoder, decoder and heads; the RSSM has those its cell was published with."""
 
+    # -- Slots: pictures as entities (PhyXDreamer)
+    slot_mode: Literal["embed", "per_slot"] | None = None
+    """How slot attention enters the world model: `embed`, ordered slots are the RSSM's embedding; `per_slot`, every
+    slot has an RSSM of its own with shared weights. None: no slots; pictures are encoded as a whole."""
+    slots: int = 7
+    """Slots per picture."""
+    slot_size: int = 64
+    """Size of a slot, of tokens, queries, keys and values."""
+    slot_iterations: int = 3
+    """How often slots attend."""
+    slot_initial: Literal["learned", "gaussian"] = "learned"
+    """Where slots start: at learned vectors, so that their order means the same in every episode; or drawn once for
+    each episode from a learned normal distribution."""
+    slot_recurrent: bool = False
+    """Slots of a frame start from those of the frame before, which takes one call of slot attention per frame, instead
+    of from where the episode's first frame started."""
+    slot_predictor: bool = False
+    """A transformer block over the slots between frames; needs `slot_recurrent`."""
+    slot_depth: int = 32
+    """Channels of the slot encoder's convolutions."""
+    slot_layers: int = 4
+    """Number of the slot encoder's convolutions."""
+    slot_stride: int = 1
+    """Stride of the first of them: 2 makes the slot encoder about four times cheaper."""
+    slot_decoder_size: int = 64
+    """Width of the slot decoder."""
+    slot_decoder_layers: int = 2
+    slot_patch: int = 4
+    """Side in pixels of the patches that slots are painted in."""
+    slot_message_size: int = 64
+    """Size of the messages between the RSSMs of `per_slot`, made by self-attention before each step: a multiple of 4,
+    its heads. 0: slots know nothing of each other, and the scan over time is one fused call."""
+
     # -- World model loss
     reconstruction_coeff: float = 1.0
+    l1_coeff: float = 0.0
+    """λ of the absolute error that is added to the squared error of pictures, for sharper texture."""
     reward_coeff: float = 1.0
     continue_coeff: float = 1.0
     kl_loss_coeff: float = 1.0
@@ -192,6 +227,8 @@ class DreamerConfig:
             reward_layers=1, continue_layers=1, actor_layers=1, critic_layers=1, reconstruction_coeff=0, reward_coeff=0,
             continue_coeff=0, kl_loss_coeff=0, dynamics_coeff=0, representation_coeff=0, free_nats=0, imagine_horizon=1,
             imagine_last=2, entropy_coeff=0, slow_critic_coeff=0, replay_critic_coeff=0, adam_eps=0, warmup=0, seed=0,
+            slots=1, slot_size=1, slot_iterations=1, slot_depth=1, slot_layers=1, slot_stride=1, slot_decoder_size=1,
+            slot_decoder_layers=1, slot_patch=1, slot_message_size=0, l1_coeff=0,
         )  # fmt: skip
         kinds = {f.name: str(f.type) for f in fields(self)}
         for name, low in at_least.items():
@@ -219,6 +256,7 @@ class DreamerConfig:
             cell=("gru", "layernorm_gru", "block_gru"), initial=("zeros", "learned"), norm=("rms", "layer", "none"),
             act=("silu", "elu", "relu", "gelu"), replay_selector=("uniform", "recency", "prioritized", "curious"),
             actor_dist=(None, "categorical", "bounded_normal", "tanh_normal"),
+            slot_mode=(None, "embed", "per_slot"), slot_initial=("learned", "gaussian"),
         )  # fmt: skip
         for name, known in choices.items():
             value = getattr(self, name)
@@ -237,8 +275,17 @@ class DreamerConfig:
             raise ConfigError(
                 f"imagine_last: expected at most batch_length = {self.batch_length} steps, got {self.imagine_last}"
             )
+        if self.slot_message_size % SLOT_HEADS:
+            raise ConfigError(f"slot_message_size: expected a multiple of {SLOT_HEADS}, got {self.slot_message_size}")
+        if self.slot_predictor and not self.slot_recurrent:
+            raise ConfigError("slot_predictor: needs slot_recurrent, got True without it")
+        if self.slot_predictor and self.slot_size % SLOT_HEADS:
+            raise ConfigError(f"slot_size: slot_predictor needs a multiple of {SLOT_HEADS}, got {self.slot_size}")
         if not self.depth_mults or not all(isinstance(m, int) and m >= 1 for m in self.depth_mults):
             raise ConfigError(f"depth_mults: expected positive integers, got {self.depth_mults}")
+
+
+SLOT_HEADS = 4  # of self-attention among slots
 
 
 def _is_number(value: Any) -> bool:
@@ -268,6 +315,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         batch_length=12, train_ratio=64.0, imagine_horizon=9, learning_rate=1e-3, warmup=100, discount=0.95,
         entropy_coeff=3e-3, actor_layers=2, critic_layers=2, log_every=500, eval_episodes=100,
         replay_capacity=100_000, checkpoint_every=60.0,
+    ),
+    # Slots on moving sprites, sized for two CPU cores; `--slot-mode per_slot` for a state of each slot.
+    "phyxdream": dict(
+        env_backend="gym", env="phyxdream/Sprites-v0", size="1m", slot_mode="embed", slots=5, slot_stride=2,
+        slot_layers=3, l1_coeff=0.1, deter_size=256, stoch_size=16, classes=8, num_envs=4, batch_length=16,
+        train_ratio=64.0, learning_rate=4e-4, warmup=500, actor_layers=2, critic_layers=2, discount=0.97,
     ),
 }  # fmt: skip
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from phyxdream.agents.config import DreamerConfig
 from phyxdream.agents.dreamer_v3 import DreamerV3
 from phyxdream.agents.graphed import Graphed
+from phyxdream.agents.phyxdream import PhyXDreamer
 from phyxdream.errors import CheckpointError, ConfigError, EnvError
 from phyxdream.nn.rssm import State
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 FLAGS = ("is_first", "is_last", "is_terminal")
 # Names that replay steps, replayed batches and losses use beside the observations'.
-RESERVED = (*FLAGS, "action", "reward", "deter", "stoch", "step_id", "probability", "mask", "consecutive",
+RESERVED = (*FLAGS, "action", "reward", "deter", "stoch", "slots", "step_id", "probability", "mask", "consecutive",
             "dynamics", "representation", "continue", "actor", "critic", "replay_critic", "total")  # fmt: skip
 
 
@@ -96,7 +97,8 @@ class DreamerAgent:
         # Building the nets must neither depend on nor disturb the caller's random numbers.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.config.seed)  # torch.manual_seed would reseed the GPUs as well
-            self.model = DreamerV3(self.config, self.shapes, self.action_size, self.discrete).to(self.device)
+            design = PhyXDreamer if self.config.slot_mode else DreamerV3
+            self.model = design(self.config, self.shapes, self.action_size, self.discrete).to(self.device)
         self.optimizer = self.model.make_optimizer()
         self.generators = {
             name: torch.Generator(self.device).manual_seed(self.config.seed * 2 + offset)

@@ -55,13 +55,19 @@ class DreamerV3(nn.Module):
     def __init__(self, config: DreamerConfig, shapes: Mapping[str, tuple[int, ...]], action_size: int, discrete: bool):
         super().__init__()
         c = self.config = config
-        self.world_model = WorldModel(c, shapes, action_size)
-        feature = self.world_model.rssm.feature_size
+        self.world_model = self.make_world_model(shapes, action_size)
+        make_head = self.world_model.make_head
         dist = c.actor_dist or ("categorical" if discrete else "bounded_normal")
-        self.actor = Actor(feature, action_size, c.units, c.actor_layers, dist, c.act, c.norm, c.unimix)
-        self.critic = TwoHotHead(feature, c.units, c.critic_layers, c.act, c.norm)
+        self.actor = make_head(
+            lambda size: Actor(size, action_size, c.units, c.actor_layers, dist, c.act, c.norm, c.unimix)
+        )
+        self.critic = make_head(lambda size: TwoHotHead(size, c.units, c.critic_layers, c.act, c.norm))
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.normalizer = ReturnNormalizer(c.return_norm_rate)
+
+    def make_world_model(self, shapes: Mapping[str, tuple[int, ...]], action_size: int) -> WorldModel:
+        """The world model of this agent."""
+        return WorldModel(self.config, shapes, action_size)
 
     def make_optimizer(self) -> LaProp:
         c = self.config
@@ -79,8 +85,8 @@ class DreamerV3(nn.Module):
     ) -> tuple[Tensor, State]:
         """Act for one step: observations (B, *shape), the action (B, A) that led to them, is_first (B,), and the
         state (B, ...) before; returns the action (B, A) and the state after."""
-        embed = self.world_model.embed(observation)
-        post = self.world_model.rssm.filter(embed[None], action[None], is_first[None], state, generator=generator)[0]
+        step = {**observation, "action": action, "is_first": is_first}
+        post = self.world_model.filter({name: x[None] for name, x in step.items()}, state, generator)[0]
         distribution = self.actor(post.feature)
         return (distribution.sample(generator) if explore else distribution.mode), post
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,21 +42,70 @@ class WorldModel(nn.Module):
         super().__init__()
         c = config
         self.config, self.names = c, sorted(shapes)
-        vision = dict(depth=c.depth, mults=c.depth_mults, blocks=c.residual_blocks, units=c.units, act=c.act,
-                      norm=c.norm)  # fmt: skip
-        self.encoder = Encoder(shapes, layers=c.encoder_layers, **vision)
-        embed_size = c.embed_size or self.encoder.out_size
-        self.project = linear(self.encoder.out_size, embed_size) if c.embed_size else nn.Identity()
-        self.rssm = RSSM(embed_size, action_size, c.deter_size, c.stoch_size, c.classes, c.hidden_size, c.cell,
-                         c.blocks, c.unimix, c.initial)  # fmt: skip
-        feature = self.rssm.feature_size
-        self.decoder = Decoder(feature, shapes, layers=c.decoder_layers, **vision)
-        self.reward = TwoHotHead(feature, c.units, c.reward_layers, c.act, c.norm)
-        self.cont = BernoulliHead(feature, c.units, c.continue_layers, c.act, c.norm)
+        self.encoder, self.project, embed_size = self.make_encoder(shapes)
+        self.rssm = self.make_rssm(embed_size, action_size)
+        self.decoder = self.make_decoder(shapes)
+        self.reward = self.make_head(lambda size: TwoHotHead(size, c.units, c.reward_layers, c.act, c.norm))
+        self.cont = self.make_head(lambda size: BernoulliHead(size, c.units, c.continue_layers, c.act, c.norm))
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Parts, which another design of the latent state makes otherwise.
+
+    @property
+    def vision(self) -> dict[str, Any]:
+        """What encoder and decoder have in common."""
+        c = self.config
+        return dict(depth=c.depth, mults=c.depth_mults, blocks=c.residual_blocks, units=c.units, act=c.act,
+                    norm=c.norm)  # fmt: skip
+
+    def make_encoder(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[nn.Module, nn.Module, int]:
+        """Encoder, projection of what it returns, and the size E of an embedding."""
+        encoder = Encoder(shapes, layers=self.config.encoder_layers, **self.vision)
+        size = self.config.embed_size or encoder.out_size
+        return encoder, linear(encoder.out_size, size) if self.config.embed_size else nn.Identity(), size
+
+    @property
+    def rssm_options(self) -> dict[str, Any]:
+        """Arguments of an `RSSM` beside its inputs' sizes."""
+        c = self.config
+        return dict(deter_size=c.deter_size, stoch_size=c.stoch_size, classes=c.classes, hidden_size=c.hidden_size,
+                    cell=c.cell, blocks=c.blocks, unimix=c.unimix, initial=c.initial)  # fmt: skip
+
+    def make_rssm(self, embed_size: int, action_size: int) -> nn.Module:
+        """The recurrent state-space model."""
+        return RSSM(embed_size, action_size, **self.rssm_options)
+
+    def make_decoder(self, shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
+        """Features to a distribution per observation."""
+        c = self.config
+        return Decoder(self.rssm.feature_size, shapes, layers=c.decoder_layers, l1=c.l1_coeff, **self.vision)
+
+    def make_head(self, make: Callable[[int], nn.Module]) -> nn.Module:
+        """A head that reads features; `make` builds it for features of a given size."""
+        return make(self.rssm.feature_size)
+
+    # -----------------------------------------------------------------------------------------------------------------
 
     def embed(self, observation: Batch) -> Tensor:
         """Observations (..., *shape) to embeddings (..., E)."""
         return self.project(self.encoder(observation))
+
+    def embed_sequence(
+        self, batch: Batch, state: State | None, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Embeddings (T, B, E) of a batch with is_first that follows `state` (B, ...), and what an encoder with a
+        memory hands on after every step, or None."""
+        return self.embed(batch), None
+
+    def filter(self, batch: Batch, state: State | None = None, generator: torch.Generator | None = None) -> State:
+        """Posterior states (T, B, ...) of a batch: observations (T, B, *shape), action (T, B, A), is_first (T, B)."""
+        embed, slots = self.embed_sequence(batch, state, generator)
+        post = self.rssm.filter(embed, batch["action"], batch["is_first"], state, generator=generator)
+        return replace(post, slots=slots)
+
+    def kl(self, post: State, prior: State, free_nats: float) -> tuple[Tensor, Tensor]:
+        """`balanced_kl` of all latent variables: each (T, B)."""
+        return balanced_kl(post, prior, free_nats, self.config.unimix)
 
     @property
     def latent_spec(self) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -68,14 +118,15 @@ class WorldModel(nn.Module):
     def pack(self, state: State) -> dict[str, Tensor]:
         """States (..., D) and (..., S, C) or (..., S) as `latent_spec` says: deter (..., D) and stoch (..., S)."""
         stoch = state.stoch.argmax(-1) if self.config.classes else state.stoch
-        values = {"deter": state.deter, "stoch": stoch}
+        values = {"deter": state.deter, "stoch": stoch, "slots": state.slots}
         return {name: values[name].to(getattr(torch, dtype)) for name, (_, dtype) in self.latent_spec.items()}
 
     def unpack(self, latents: Batch) -> State:
         """The inverse of `pack`, up to the rounding; without the statistics, which are not kept."""
-        dtype = self.rssm.posterior_out.weight.dtype
+        dtype = next(self.rssm.parameters()).dtype
         stoch = F.one_hot(latents["stoch"].long(), self.config.classes) if self.config.classes else latents["stoch"]
-        return State(latents["deter"].to(dtype), stoch.to(dtype))
+        slots = latents["slots"].to(dtype) if "slots" in self.latent_spec else None
+        return State(latents["deter"].to(dtype), stoch.to(dtype), slots=slots)
 
     @torch.no_grad()
     def replay_context(self, batch: Batch, generator: torch.Generator | None = None) -> tuple[Batch, State | None]:
@@ -90,8 +141,7 @@ class WorldModel(nn.Module):
         state = self.unpack({name: batch[name][0] for name in self.latent_spec})
         if K > 1:
             context = {name: batch[name][1:K] for name in (*self.names, "action", "is_first")}
-            embed = self.embed(context)
-            state = self.rssm.filter(embed, context["action"], context["is_first"], state, generator=generator)[-1]
+            state = self.filter(context, state, generator)[-1]
         return {name: value[K:] for name, value in batch.items()}, state
 
     def loss(
@@ -104,9 +154,9 @@ class WorldModel(nn.Module):
         The continuation target carries the discount, so imagination multiplies by the predicted continuation alone.
         """
         c = self.config
-        embed = self.embed(batch)
-        post, prior = self.rssm.observe(embed, batch["action"], batch["is_first"], state, generator=generator)
-        dynamics, representation = balanced_kl(post, prior, c.free_nats, c.unimix)
+        post = self.filter(batch, state, generator)
+        prior = self.rssm.prior_at(post)
+        dynamics, representation = self.kl(post, prior, c.free_nats)
         feature = post.feature
         decoded = self.decoder(feature)
         target = c.discount * (~batch["is_terminal"]).to(feature.dtype)
@@ -118,7 +168,7 @@ class WorldModel(nn.Module):
             **{name: decoded[name].loss(self._target(batch[name])) for name in self.names},
         }
         with torch.no_grad():
-            metrics = {"kl": balanced_kl(post, prior, 0.0, c.unimix)[0].mean()}
+            metrics = {"kl": self.kl(post, prior, 0.0)[0].mean()}
         return WorldModelOutput(losses, post, metrics)
 
     @staticmethod
@@ -137,11 +187,15 @@ class WorldModel(nn.Module):
         }.get(name, c.reconstruction_coeff)
 
     @torch.no_grad()
-    def open_loop(self, batch: Batch, context: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Predictions (T, B, *shape) of every observation: filtered for `context` steps, then imagined from the
-        recorded actions alone."""
-        embed = self.embed({n: batch[n][:context] for n in self.names})
-        post = self.rssm.filter(embed, batch["action"][:context], batch["is_first"][:context], generator=generator)
+    def open_loop_feature(self, batch: Batch, context: int, generator: torch.Generator | None = None) -> Tensor:
+        """Features (T, B, F): filtered for `context` steps of a batch, then imagined from its actions alone."""
+        seen = {name: batch[name][:context] for name in (*self.names, "action", "is_first")}
+        post = self.filter(seen, generator=generator)
         prior = self.rssm.imagine(batch["action"][context:], post[-1], generator=generator)
-        decoded = self.decoder(torch.cat([post.feature, prior.feature]))
+        return torch.cat([post.feature, prior.feature])
+
+    @torch.no_grad()
+    def open_loop(self, batch: Batch, context: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Predictions (T, B, *shape) of every observation at the states of `open_loop_feature`."""
+        decoded = self.decoder(self.open_loop_feature(batch, context, generator))
         return {name: distribution.mode for name, distribution in decoded.items()}

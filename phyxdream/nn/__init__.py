@@ -4,6 +4,7 @@ from phyxdream.nn.distributions import (
     Bernoulli,
     Normal,
     OneHotCategorical,
+    SlotMixture,
     SquaredError,
     TanhNormal,
     TwoHotSymlog,
@@ -11,14 +12,18 @@ from phyxdream.nn.distributions import (
     kl_divergence,
     symexp_bins,
 )
-from phyxdream.nn.heads import Actor, BernoulliHead, NormalHead, TwoHotHead
+from phyxdream.nn.heads import Actor, BernoulliHead, NormalHead, SlotHead, TwoHotHead
 from phyxdream.nn.layers import MLP, BlockLinear, Dense, symexp, symlog
 from phyxdream.nn.rssm import RSSM, State, Trajectory
-from phyxdream.nn.slots import SlotAttention
+from phyxdream.nn.slot_rssm import SlotRSSM
+from phyxdream.nn.slot_vision import SlotAutoencoder, SlotDecoder, SlotEncoder, SlotPicture, SlotTokens, SoftPosition
+from phyxdream.nn.slots import SlotAttention, SlotTransformer
 from phyxdream.nn.vision import Decoder, Encoder, ImageDecoder, ImageEncoder
 
 __all__ = [
     "MLP", "RSSM", "Actor", "Bernoulli", "BernoulliHead", "BlockLinear", "Decoder", "Dense", "Encoder", "ImageDecoder",
-    "ImageEncoder", "Normal", "NormalHead", "OneHotCategorical", "SlotAttention", "SquaredError", "State", "TanhNormal",
-    "Trajectory", "TwoHotHead", "TwoHotSymlog", "balanced_kl", "kl_divergence", "symexp", "symexp_bins", "symlog",
+    "ImageEncoder", "Normal", "NormalHead", "OneHotCategorical", "SlotAttention", "SlotAutoencoder", "SlotDecoder",
+    "SlotEncoder", "SlotHead", "SlotMixture", "SlotPicture", "SlotRSSM", "SlotTokens", "SlotTransformer",
+    "SoftPosition", "SquaredError", "State", "TanhNormal", "Trajectory", "TwoHotHead", "TwoHotSymlog", "balanced_kl",
+    "kl_divergence", "symexp", "symexp_bins", "symlog",
 ]  # fmt: skip

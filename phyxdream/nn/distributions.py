@@ -155,19 +155,63 @@ class OneHotCategorical:
 class SquaredError:
     """A point prediction (..., *event) scored by the squared error summed over `event_dims` axes.
 
-    With `symlog_space` the prediction is in symlog space, and targets are mapped there before they are compared.
+    With `symlog_space` the prediction is in symlog space, and targets are mapped there before they are compared. `l1`
+    adds λ times the absolute error: small errors, of which blur is made, count for more.
     """
 
-    def __init__(self, prediction: Tensor, event_dims: int, symlog_space: bool = False):
-        self.prediction, self.event_dims, self.symlog_space = prediction, event_dims, symlog_space
+    def __init__(self, prediction: Tensor, event_dims: int, symlog_space: bool = False, l1: float = 0.0):
+        self.prediction, self.event_dims, self.symlog_space, self.l1 = prediction, event_dims, symlog_space, l1
 
     @property
     def mode(self) -> Tensor:
         return symexp(self.prediction) if self.symlog_space else self.prediction
 
     def loss(self, target: Tensor) -> Tensor:
-        target = symlog(target) if self.symlog_space else target
-        return (self.prediction - target).square().flatten(-self.event_dims).sum(-1)
+        error = self.prediction - (symlog(target) if self.symlog_space else target)
+        cost = error.square() + self.l1 * error.abs() if self.l1 else error.square()
+        return cost.flatten(-self.event_dims).sum(-1)
+
+
+class SlotMixture(SquaredError):
+    """Pictures (..., C, H, W) that are mixtures of K pictures, one a slot, weighted by masks that sum to 1 over slots.
+
+    Attributes:
+        prediction: (..., C, H, W), Σ_k mask_k · picture_k.
+        masks: (..., K, H, W).
+        pictures: (..., K, C, H, W).
+    """
+
+    def __init__(self, colours: Tensor, weights: Tensor, size: tuple[int, int], l1: float = 0.0):
+        self._colours, self._weights, self._size = colours, weights, size
+        # Patches become pictures after the sum, which has K times fewer of them.
+        mixed = sum(w * c for w, c in zip(weights.unbind(-6), colours.unbind(-6), strict=True))
+        super().__init__(_picture(mixed, size), 3, l1=l1)
+
+    @classmethod
+    def of_patches(cls, patches: Tensor, size: tuple[int, int], l1: float = 0.0) -> SlotMixture:
+        """From what a decoder of patches returns, (..., K, rows, columns, C + 1, P, P): colours, and the logits of the
+        masks as the last channel. `size` (H, W) cuts off what the last row and column hold too much."""
+        return cls(patches[..., :-1, :, :], patches[..., -1:, :, :].softmax(-6), size, l1)
+
+    def channels(self, first: int, last: int) -> SlotMixture:
+        """The mixture of some channels alone, under the same masks."""
+        return SlotMixture(self._colours[..., first:last, :, :], self._weights, self._size, self.l1)
+
+    @property
+    def masks(self) -> Tensor:
+        return _picture(self._weights, self._size).squeeze(-3)
+
+    @property
+    def pictures(self) -> Tensor:
+        return _picture(self._colours, self._size)
+
+
+def _picture(patches: Tensor, size: tuple[int, int]) -> Tensor:
+    """Patches (..., rows, columns, C, P, P) as pictures (..., C, H, W)."""
+    *lead, rows, columns, C, P, _ = patches.shape
+    n = len(lead)
+    image = patches.permute(*range(n), n + 2, n, n + 3, n + 1, n + 4).reshape(*lead, C, rows * P, columns * P)
+    return image[..., : size[0], : size[1]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

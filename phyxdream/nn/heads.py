@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from phyxdream.errors import ConfigError, suggest
 from phyxdream.nn.distributions import Bernoulli, Normal, OneHotCategorical, TanhNormal, TwoHotSymlog, symexp_bins
-from phyxdream.nn.layers import MLP, linear
+from phyxdream.nn.layers import MLP, Dense, linear
 from phyxdream.ops import rssm_cells
 
 
@@ -105,3 +107,30 @@ class Actor(nn.Module):
         draw = torch.rand if self.dist == "categorical" else torch.randn
         like = self.out.weight
         return draw((*leading, self.action_size), generator=generator, device=like.device, dtype=like.dtype)
+
+
+class SlotHead(nn.Module):
+    """A head that reads all slots, in whatever order: a shared dense layer, mean and maximum over the slots, `head`.
+
+    Args:
+        inputs: size F of a slot's feature.
+        units: width of the shared layer.
+        make: builds the head for a feature of a given size, here 2 · `units`.
+        act, norm: of the shared layer.
+
+    Source: Zaheer et al., "Deep Sets", 2017. The mean tells how many slots are of a kind, the maximum whether one is.
+
+    >>> head = SlotHead(8, 16, lambda size: BernoulliHead(size, 16, 1))
+    >>> head(torch.randn(5, 2, 3, 8)).mean.shape
+    torch.Size([5, 2])
+    """
+
+    def __init__(self, inputs: int, units: int, make: Callable[[int], nn.Module], act: str = "silu", norm: str = "rms"):
+        super().__init__()
+        self.each = Dense(inputs, units, act, norm)
+        self.head = make(2 * units)
+
+    def forward(self, feature: Tensor):
+        """(..., K, F) to what the head returns for (..., 2 · units)."""
+        x = self.each(feature)
+        return self.head(torch.cat([x.mean(-2), x.amax(-2)], -1))

@@ -42,7 +42,8 @@ class State:
     """A model state, or a sequence of them: every tensor shares the leading axes, (B, ...) or (T, B, ...).
 
     deter (..., D); stoch (..., S, C) categorical or (..., S) Gaussian; logits (..., S, C) are the raw outputs before
-    unimix, or mean and std (..., S).
+    unimix, or mean and std (..., S). With an RSSM for each slot, K stands before all of their sizes. `slots`
+    (..., K, D) is what a slot encoder hands on to the next frame; no RSSM reads it.
     """
 
     deter: Tensor
@@ -50,10 +51,11 @@ class State:
     logits: Tensor | None = None
     mean: Tensor | None = None
     std: Tensor | None = None
+    slots: Tensor | None = None
 
     @property
     def feature(self) -> Tensor:
-        """(..., F): deter and flattened stoch, what every head reads."""
+        """(..., F): deter and flattened stoch, what every head reads; (..., K, F) with an RSSM for each slot."""
         return torch.cat([self.deter, self.stoch.reshape(*self.deter.shape[:-1], -1)], -1)
 
     def map(self, f: Callable[[Tensor], Tensor]) -> State:
@@ -363,8 +365,11 @@ class RSSM(nn.Module):
             ValueError: for a shape that does not fit, TypeError for what is no tensor, naming the argument.
         """
         post = self.filter(embed, action, is_first, state, noise, generator)
-        prior = State(post.deter, post.stoch, **self._distribution(self.prior(post.deter)))
-        return post, prior
+        return post, self.prior_at(post)
+
+    def prior_at(self, post: State) -> State:
+        """What was expected at posterior states: the prior's statistics there, beside the posterior's sample."""
+        return State(post.deter, post.stoch, **self._distribution(self.prior(post.deter)))
 
     def filter(
         self,
@@ -453,9 +458,9 @@ class RSSM(nn.Module):
                 dist=policy.dist, **self.cell.options._asdict(), policy_act=policy.act, policy_unimix=policy.unimix,
                 policy_min_std=policy.min_std, policy_max_std=policy.max_std,
             )  # fmt: skip
-            start = state.map(lambda x: x.unsqueeze(0))
+            start = replace(state, slots=None).map(lambda x: x.unsqueeze(0))
             return Trajectory(State.cat([start, self._state(*future)]), action)
-        states, actions = [state], []
+        states, actions = [replace(state, slots=None)], []
         for t in range(horizon):
             actions.append(policy(states[-1].feature))
             self._check(actions[-1], "action", (B, self.action_size))

@@ -1,15 +1,17 @@
-"""Slots: the attention that binds each to some of the input tokens.
+"""Slots: the attention that binds each to some of the input tokens, and a transformer block among them.
 
-The equations are those of `phyxdream.ops.slot_attention`.
+The equations of `SlotAttention` are those of `phyxdream.ops.slot_attention`.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from phyxdream import ops
 from phyxdream.errors import ConfigError, suggest
+from phyxdream.nn.layers import linear
 
 INITIAL = ("gaussian", "learned")
 
@@ -186,3 +188,36 @@ class SlotAttention(nn.Module):
     def extra_repr(self) -> str:
         """The sizes, for printing."""
         return f"slots={self.slots}, iterations={self.iterations}, eps={self.eps}, initial={self.initial!r}"
+
+
+class SlotTransformer(nn.Module):
+    """One transformer block over slots (..., K, D), with norms before its parts. Permuting slots permutes the result.
+
+    Args:
+        size: D.
+        heads: heads of the self-attention; must divide `size`.
+        hidden_size: width of the MLP.
+
+    Raises:
+        ConfigError: `heads` does not divide `size`.
+
+    Source: the predictor of Kipf et al. 2022.
+
+    >>> SlotTransformer(8)(torch.randn(2, 5, 8)).shape
+    torch.Size([2, 5, 8])
+    """
+
+    def __init__(self, size: int, heads: int = 4, hidden_size: int = 128):
+        super().__init__()
+        if heads < 1 or size % heads:
+            raise ConfigError(f"heads: expected a number that divides {size}, got {heads}")
+        self.heads = heads
+        self.norm_attention, self.norm_mlp = nn.LayerNorm(size), nn.LayerNorm(size)
+        self.qkv, self.out = linear(size, 3 * size), linear(size, size)
+        self.mlp = nn.Sequential(linear(size, hidden_size), nn.ReLU(), linear(hidden_size, size))
+
+    def forward(self, slots: Tensor) -> Tensor:
+        qkv = self.qkv(self.norm_attention(slots)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.movedim(-4, -2).unbind(-4)  # each (..., heads, K, D / heads)
+        slots = slots + self.out(F.scaled_dot_product_attention(q, k, v).transpose(-3, -2).flatten(-2))
+        return slots + self.mlp(self.norm_mlp(slots))

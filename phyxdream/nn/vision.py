@@ -49,7 +49,7 @@ class ChannelNormAct(nn.Module):
         return self.act(self.norm(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
 
 
-def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+def conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
     layer = nn.Conv2d(inputs, outputs, kernel, stride, padding=(kernel - 1) // 2)
     init_(layer.weight.data, inputs * kernel * kernel)
     nn.init.zeros_(layer.bias)
@@ -69,8 +69,8 @@ class Residual(nn.Module):
     def __init__(self, channels: int, act: str, norm_: str):
         super().__init__()
         self.body = nn.Sequential(
-            ChannelNormAct(norm_, channels, act), _conv(channels, channels, 3),
-            ChannelNormAct(norm_, channels, act), _conv(channels, channels, 3),
+            ChannelNormAct(norm_, channels, act), conv(channels, channels, 3),
+            ChannelNormAct(norm_, channels, act), conv(channels, channels, 3),
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class ImageEncoder(nn.Module):
         layers: list[nn.Module] = []
         for channels in _channels(depth, mults, stages):
             kernel, stride = (4, 2) if len(sizes) > 1 else (3, 1)
-            layers += [_Halve(channels_in, channels) if stride == 2 else _conv(channels_in, channels, kernel)]
+            layers += [_Halve(channels_in, channels) if stride == 2 else conv(channels_in, channels, kernel)]
             layers += [ChannelNormAct(norm, channels, act)]
             layers += [Residual(channels, act, norm) for _ in range(blocks)]
             channels_in = channels
@@ -119,7 +119,7 @@ class _Halve(nn.Module):
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
-        self.conv = _conv(inputs, outputs, 4, 2)
+        self.conv = conv(inputs, outputs, 4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         odd_h, odd_w = x.shape[-2] % 2, x.shape[-1] % 2
@@ -153,7 +153,7 @@ class ImageDecoder(nn.Module):
             last = i == len(widths) - 1
             out = channels_out if last else widths[i + 1]
             body = [Residual(channels, act, norm) for _ in range(blocks)]
-            body += [_upconv(channels, out) if len(self.sizes) > 1 else _conv(channels, out, 3)]
+            body += [_upconv(channels, out) if len(self.sizes) > 1 else conv(channels, out, 3)]
             body += [] if last else [ChannelNormAct(norm, out, act)]
             self.stages.append(nn.Sequential(*body))
 
@@ -229,7 +229,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A feature (..., F) to a distribution per observation: `SquaredError` on [0, 1] pictures and symlog vectors."""
+    """A feature (..., F) to a distribution per observation: `SquaredError` on [0, 1] pictures and symlog vectors.
+    `l1` is the λ of the pictures' absolute error."""
 
     def __init__(
         self,
@@ -242,9 +243,11 @@ class Decoder(nn.Module):
         layers: int = 3,
         act: str = "silu",
         norm: str = "rms",
+        l1: float = 0.0,
     ):
         super().__init__()
         images, vectors = split_shapes(shapes)
+        self.l1 = l1
         self.groups = list(image_groups(images).values())
         self.image_channels = [[images[n][0] for n in names] for names in self.groups]
         self.vectors = {n: s[0] for n, s in vectors.items()}
@@ -262,7 +265,7 @@ class Decoder(nn.Module):
         for names, channels, net in zip(self.groups, self.image_channels, self.image_nets, strict=True):
             image = net(feature.flatten(0, -2)).unflatten(0, feature.shape[:-1])
             parts = image.split(channels, -3)
-            out |= {n: SquaredError(p, event_dims=3) for n, p in zip(names, parts, strict=True)}
+            out |= {n: SquaredError(p, event_dims=3, l1=self.l1) for n, p in zip(names, parts, strict=True)}
         if self.vector_net is not None:
             parts = self.vector_net(feature).split(list(self.vectors.values()), -1)
             out |= {n: SquaredError(p, 1, symlog_space=True) for n, p in zip(self.vectors, parts, strict=True)}

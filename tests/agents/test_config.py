@@ -90,6 +90,9 @@ BAD = [
         ("discount", 1.01), ("td_lambda", -0.01), ("unimix", 1.0), ("beta1", 1.0), ("beta2", 1.0),
         ("slow_critic_rate", 1.5), ("return_norm_rate", 0.0), ("return_norm_rate", 1.1),
         ("replay_context", 1.0), ("replay_context", None), ("replay_prefetch", True),
+        ("slots", 0), ("slot_size", 0), ("slot_iterations", 0), ("slot_depth", 0), ("slot_layers", 0),
+        ("slot_stride", 0), ("slot_decoder_size", 0), ("slot_decoder_layers", 0), ("slot_patch", 0),
+        ("slot_message_size", -1), ("slot_message_size", 6), ("l1_coeff", -0.1),
         ("depth_mults", ()), ("depth_mults", (2, 0)), ("depth_mults", (1.5,)),
     ]),
     # Of the wrong kind, or not finite.
@@ -99,6 +102,7 @@ BAD = [
     # Names.
     ("size", "13m"), ("env_backend", "openai"), ("cell", "lstm"), ("initial", "ones"), ("norm", "batch"),
     ("act", "swish"), ("actor_dist", "normal"), ("replay_selector", "newest"),
+    ("slot_mode", "slots"), ("slot_initial", "zeros"), ("slot_predictor", True),
 ]  # fmt: skip
 
 
@@ -127,6 +131,13 @@ def test_combinations():
             DreamerConfig(**options, replay_capacity=smallest - 1).resolve()
     with pytest.raises(ConfigError, match=r"imagine_last: .*64.*got 65"):
         DreamerConfig(imagine_last=65).resolve()
+
+
+def test_the_predictor_of_slots():
+    options = dict(slot_recurrent=True, slot_predictor=True)
+    DreamerConfig(**options, slot_size=12).resolve()
+    with pytest.raises(ConfigError, match=r"slot_size: .*multiple of 4.*got 10"):
+        DreamerConfig(**options, slot_size=10).resolve()
 
 
 def test_boundary_values_are_accepted():

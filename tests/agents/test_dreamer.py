@@ -206,6 +206,7 @@ def test_actor_and_actions_must_fit(space, dist, message):
         (spaces.Dict({"reward": spaces.Box(0, 1, (3,))}), DISCRETE, "observation 'reward'.*reserved"),
         (spaces.Dict({"dynamics": spaces.Box(0, 1, (3,))}), DISCRETE, "observation 'dynamics'.*reserved"),
         (spaces.Dict({"deter": spaces.Box(0, 1, (3,))}), DISCRETE, "observation 'deter'.*reserved"),
+        (spaces.Dict({"slots": spaces.Box(0, 1, (3,))}), DISCRETE, "observation 'slots'.*reserved"),
     ],
 )
 def test_spaces_that_cannot_be_handled(observation, action, message):
@@ -483,7 +484,16 @@ class FromTheHost(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("action_space", [DISCRETE, CONTINUOUS], ids=["discrete", "continuous"])
-@pytest.mark.parametrize("options", [{}, dict(cell="gru", classes=0), dict(cell="layernorm_gru", initial="learned")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(cell="gru", classes=0),
+        dict(cell="layernorm_gru", initial="learned"),
+        dict(slot_mode="embed", slots=2, slot_initial="gaussian"),
+        dict(slot_mode="per_slot", slots=2, slot_recurrent=True),
+    ],
+)
 def test_an_update_never_waits_for_the_device(action_space, options):
     """Fake tensors have no values: whatever asks for one (`item`, a boolean index) raises."""
     agent = make(action_space, **options)

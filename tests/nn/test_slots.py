@@ -104,6 +104,23 @@ def test_learns_to_part_two_kinds_of_tokens():
     assert ((first == (kind == 0)).all(1) | (first == (kind == 1)).all(1)).float().mean() > 0.8
 
 
+def test_transformer_block_is_equivariant_and_learns():
+    torch.manual_seed(0)
+    block, slots, order = nn.SlotTransformer(8, 2, 6), torch.randn(4, 2, 3, 8), torch.tensor([2, 0, 1])
+    out = block(slots)
+    torch.testing.assert_close(block(slots[..., order, :]), out[..., order, :])
+    torch.testing.assert_close(block(slots[1, 0]), out[1, 0])
+    # One head at a time, as the equation reads.
+    q, k, v = block.qkv(block.norm_attention(slots)).chunk(3, -1)
+    heads = [(a @ b.mT / 4**0.5).softmax(-1) @ c for a, b, c in zip(*(x.split(4, -1) for x in (q, k, v)), strict=True)]
+    middle = slots + block.out(torch.cat(heads, -1))
+    torch.testing.assert_close(out, middle + block.mlp(block.norm_mlp(middle)))
+    out.square().sum().backward()
+    assert all(p.grad.any() for p in block.parameters())
+    with pytest.raises(ConfigError, match="heads: expected a number that divides 8, got 3"):
+        nn.SlotTransformer(8, 3)
+
+
 def test_bad_arguments():
     model, inputs = model_and_inputs()
     with pytest.raises(ConfigError, match=r"initial: expected one of .*'gauss'.*gaussian"):

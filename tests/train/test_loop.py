@@ -90,6 +90,19 @@ def test_same_seed_same_run(tiny, tmp_path):
         ("gym:CartPole-v1", signal.SIGTERM, {}),
         ("gym:CartPole-v1", signal.SIGINT, dict(replay_selector="curious", replay_context=3, classes=0)),
         ("envpool:Catch-v0", signal.SIGTERM, dict(replay_selector="prioritized", replay_capacity=100)),
+        (
+            "envpool:Catch-v0",
+            signal.SIGTERM,
+            dict(
+                slot_mode="per_slot",
+                slot_initial="gaussian",
+                slots=2,
+                slot_size=8,
+                slot_layers=1,
+                slot_message_size=8,
+                total_steps=260,
+            ),
+        ),
     ],
 )
 def test_stopped_and_resumed_equals_never_stopped(tiny, tmp_path, env, number, options):
