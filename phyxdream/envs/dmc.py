@@ -78,7 +78,11 @@ class DMControl(gymnasium.Env):
             dtype=spec.dtype.type,
         )
         if picture:
-            self._observe({})  # a camera or driver that fails shall do so now
+            try:
+                self._observe({})  # a camera or driver that fails shall do so now
+            except BaseException:
+                self.close()
+                raise
             self.observation_space: spaces.Space = spaces.Box(0, 255, (*picture[:2], 3), np.uint8)
             if segmentation:
                 most = len(Objects(self._env.physics.model).names)
@@ -124,8 +128,9 @@ class DMControl(gymnasium.Env):
         return {"image": image, SEGMENTATION: Objects(physics.model)(drawn[..., 0], drawn[..., 1])}
 
     def close(self) -> None:
-        """Free the renderer."""
-        self._env.close()
+        """Free the renderer, now: dm_control would leave it to the garbage collector, which may then free what has the
+        same numbers in the OpenGL context of another environment."""
+        self._env.physics.free()
 
 
 def make(

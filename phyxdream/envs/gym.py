@@ -51,17 +51,32 @@ class ActionRepeat(gymnasium.Wrapper):
 
 
 class OwnContext(gymnasium.Wrapper):
-    """Render a MuJoCo task in its own OpenGL context, which the viewer takes for current whoever rendered last.
+    """Render a MuJoCo task in its own OpenGL context, and free there what was drawn with.
 
-    Without it, pictures are black as soon as another environment, such as that of an evaluation, was closed.
+    The viewer takes its context for current whoever rendered last, and leaves the freeing to the garbage collector,
+    which then frees what has the same numbers in the context of another environment: pictures turn black as soon as an
+    evaluation is over.
     """
+
+    _freed = False
 
     def render(self) -> Any:
         """As `gymnasium.Env.render`."""
-        viewer = self.env.unwrapped.mujoco_renderer.viewer  # type: ignore[attr-defined]
-        if viewer is not None:  # None: it makes its context now
+        if (viewer := self._viewer) is not None:  # None: it is made now, with its context
             viewer.make_context_current()
         return self.env.render()
+
+    def close(self) -> None:
+        """As `gymnasium.Env.close`."""
+        if (viewer := self._viewer) is not None and not self._freed:
+            self._freed = True
+            viewer.make_context_current()
+            viewer.con.free()
+        self.env.close()
+
+    @property
+    def _viewer(self) -> Any:
+        return self.env.unwrapped.mujoco_renderer.viewer  # type: ignore[attr-defined]
 
 
 class GymVector:

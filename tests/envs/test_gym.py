@@ -1,3 +1,5 @@
+import gc
+
 import gymnasium
 import numpy as np
 import pytest
@@ -85,6 +87,8 @@ def test_pictures_do_not_depend_on_who_else_renders(gl):
                 other.reset()
             if other and step == 1:
                 other.close()
+                other = None
+                gc.collect()
             out.append(env.step(np.full((1, 6), 0.5, np.float32))[0]["image"])
         env.close()
         return np.stack(out).astype(int)
