@@ -85,11 +85,15 @@ class SlotWorldModel(WorldModel):
 
     # -----------------------------------------------------------------------------------------------------------------
 
+    def embed(self, observation: Batch) -> Tensor:
+        """Observations (T, B, *shape) of sequences that start anew to embeddings (T, B, E), or (T, B, K, E)."""
+        return self.embed_sequence(observation, None, None)[0]
+
     def embed_sequence(
         self, batch: Batch, state: State | None, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor | None]:
         carry = None if state is None else state.slots
-        slots, vector, carry, _ = self.encoder(batch, batch["is_first"], carry, generator)
+        slots, vector, carry, _ = self.encoder(batch, batch.get("is_first"), carry, generator)
         if not self.per_slot:
             slots = slots.flatten(-2)
         elif vector is not None:
@@ -132,7 +136,7 @@ class SlotObservationEncoder(nn.Module):
     def forward(
         self,
         observation: Batch,
-        is_first: Tensor,
+        is_first: Tensor | None = None,
         carry: Tensor | None = None,
         generator: torch.Generator | None = None,
         return_attention: bool = False,

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from phyxdream.errors import ConfigError
 from phyxdream.nn.distributions import SlotMixture
-from phyxdream.nn.layers import MLP, linear, norm_act
+from phyxdream.nn.layers import MLP, linear
 from phyxdream.nn.slots import SlotAttention, SlotTransformer
 from phyxdream.nn.vision import ChannelNormAct, as_float_image, check_image, conv
 
@@ -307,14 +307,13 @@ class SlotDecoder(nn.Module):
         self.position = nn.Sequential(
             linear(self.waves.shape[1], hidden_size), nn.ReLU(), linear(hidden_size, hidden_size)
         )
-        self.first = nn.Sequential(*norm_act(norm, hidden_size, act))
         self.body = MLP(hidden_size, hidden_size, layers, act, norm)
         self.out = linear(hidden_size, patch * patch * (shape[0] + 1), scale=PAINT_SCALE)
 
     def forward(self, slots: Tensor) -> SlotMixture:
         scale, shift = self.from_slot(slots).unsqueeze(-2).chunk(2, -1)  # (..., K, 1, hidden)
         x = torch.addcmul(shift, scale + 1, self.position(self.waves))  # (..., K, cells, hidden)
-        parts = self.out(self.body(self.first(x)))
+        parts = self.out(self.body(x))
         patches = parts.unflatten(-1, (-1, self.patch, self.patch)).unflatten(-4, self.cells)
         return SlotMixture.of_patches(patches, self.shape[1:], self.l1)
 

@@ -90,6 +90,7 @@ def test_embedding_is_the_slots_in_their_order():
     embed, carry = model.embed_sequence(batch, None, None)
     torch.testing.assert_close(embed, torch.cat([*slots.unbind(2), vector], -1))
     assert carry is None
+    torch.testing.assert_close(model.embed({name: batch[name] for name in SHAPES}), embed)
 
 
 def test_kl_is_that_of_all_slots():
