@@ -5,18 +5,18 @@
     z_t ~ p(statistics_t), drawn by the given noise
 
 The equations of the cells and policies are in phyxdream/ops/rssm_cells.py. C++ in csrc/rssm_scan.cpp, called by
-phyxdream/ops/rssm_imagine_cpu.py; Triton, without gradient, in kernels/rssm_imagine.py, called by
-phyxdream/ops/rssm_imagine_triton.py.
+phyxdream/ops/rssm_imagine_cpu.py; Triton in kernels/rssm_scan.py, called by phyxdream/ops/rssm_imagine_triton.py.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from phyxdream.ops import rssm_cells, rssm_cpu, rssm_imagine_cpu, rssm_imagine_triton
+from phyxdream.ops import rssm_cells, rssm_cpu, rssm_imagine_cpu, rssm_imagine_triton, rssm_triton
 from phyxdream.ops.backend import Backend, Op
 from phyxdream.ops.rssm_cells import CELLS, POLICIES, CellWeights, HeadWeights, LayerWeights, Options, Sizes
 from phyxdream.ops.rssm_contract import (
@@ -301,26 +301,35 @@ def _draw_action(statistics, noise, options):
     return torch.tanh(action) if options.dist == "tanh_normal" else action
 
 
-def _fake(action, deter, stoch, noise, *rest):
+def _fake(*args):
+    action, deter, _, noise, *rest = args
+    if deter.is_cuda:
+        return _outputs(args, _model(*args).tape_size)
     cell, prior, policy, _, policy_options = _split(rest)
     H, B, *latent = noise.shape
     A, D = action.shape[2], deter.shape[1]
-    keep_tape = rest[-1]
-    size = rssm_imagine_cpu.tape_size(cell, prior, policy, policy_options, H, B, A, D, latent) if keep_tape else 0
+    return _outputs(args, rssm_imagine_cpu.tape_size(cell, prior, policy, policy_options, H, B, A, D, latent))
+
+
+def _outputs(args, tape_size):
+    action, deter, _, noise, *rest = args
+    _, prior, policy, *_ = _split(rest)
+    H, B, *latent = noise.shape
+    A, D = action.shape[2], deter.shape[1]
     return (
         deter.new_empty(H, B, D),
         deter.new_empty(H, B, *latent),
         deter.new_empty(H, B, prior.out_weight.shape[0]),
         deter.new_empty(0 if policy is None else (H, B, A)),
-        deter.new_empty(size),
+        deter.new_empty(tape_size if rest[-1] else 0, dtype=torch.float32),
         deter.new_empty((H, B, latent[0]) if len(latent) == 2 else 0, dtype=torch.int32),
     )
 
 
 def _fake_backward(*args):
-    wanted, tape, inputs = args[_RESULTS], args[_RESULTS + 1], args[_RESULTS + 1 + len(_OUTPUTS) :]
+    wanted, inputs = args[_RESULTS], args[_RESULTS + 1 + len(_OUTPUTS) :]
     flat = [*inputs[:_TENSORS], *inputs[_TENSORS]]
-    return [tape.new_empty(x.shape if wants else 0) for x, wants in zip(flat, wanted, strict=True)]
+    return [x.new_empty(x.shape if wants else 0) for x, wants in zip(flat, wanted, strict=True)]
 
 
 def _save(ctx, inputs, output):
@@ -348,19 +357,22 @@ def _cpu_forward(*args):
     return rssm_imagine_cpu.forward(_fake(*args), args[:_TENSORS], *_split(args[_TENSORS:]))
 
 
-def _cpu_backward(*args):
+def _backward_of(implementation, *args):
     grads, wanted, outputs = args[:_RESULTS], args[_RESULTS], args[_RESULTS + 1 : _RESULTS + 1 + len(_OUTPUTS)]
     inputs = args[_RESULTS + 1 + len(_OUTPUTS) :]
     tensors, rest = inputs[:_TENSORS], inputs[_TENSORS:]
     wanted_weights = _split([wanted[_TENSORS:], *rest[1:]])[:3]
-    found = rssm_imagine_cpu.backward(grads, outputs, tensors, *_split(rest), wanted[:_TENSORS], wanted_weights)
+    found = implementation.backward(grads, outputs, tensors, *_split(rest), wanted[:_TENSORS], wanted_weights)
     given = [True] * _TENSORS + [x == "1" for x in rest[1]]
     empty = outputs[0].new_empty(0)
     return [empty if x is None else x for x, present in zip(found, given, strict=True) if present]
 
 
+_cpu_backward, _triton_backward = (partial(_backward_of, x) for x in (rssm_imagine_cpu, rssm_imagine_triton))
+
+
 def _cpu_refuse(*args):
-    return rssm_cpu.refuse(args[0], *args[_TENSORS + 6 : _TENSORS + 8])
+    return rssm_cpu.refuse(args[1], *args[_TENSORS + 6 : _TENSORS + 8])
 
 
 def _cpu_slower(*args):
@@ -372,17 +384,21 @@ def _cpu_plan(*args):
 
 
 def _triton_forward(*args):
-    return rssm_imagine_triton.forward(_fake(*args), args[:_TENSORS], *_split(args[_TENSORS:]))
+    outputs = _outputs(args, _model(*args).tape_size)
+    return rssm_imagine_triton.forward(outputs, args[:_TENSORS], *_split(args[_TENSORS:]), args[-1])
 
 
 def _triton_refuse(*args):
     *_, options, policy_options = _split(args[_TENSORS:])
-    acts = [options.act, *([policy_options.act] if policy_options else [])]
-    return rssm_imagine_triton.refuse(args[0], args[3], acts, policy_options, keep_tape=args[-1])
+    return rssm_imagine_triton.refuse(args[:_TENSORS], options, policy_options)
 
 
 def _triton_plan(*args):
-    return rssm_imagine_triton.plan(args[0], rssm_imagine_triton.model_of(args[:_TENSORS], *_split(args[_TENSORS:])))
+    return rssm_triton.plan(_model(*args), args[1])
+
+
+def _model(*args):
+    return rssm_imagine_triton.model_of(args[:_TENSORS], *_split(args[_TENSORS:]), args[-1])
 
 
 def _make(name):
@@ -398,7 +414,7 @@ def _make(name):
         backward=_backward,
         backends=(
             Backend("cpu", _cpu_forward, _cpu_backward, _cpu_refuse, _cpu_plan, _cpu_slower),
-            Backend("triton", _triton_forward, None, _triton_refuse, _triton_plan),
+            Backend("triton", _triton_forward, _triton_backward, _triton_refuse, _triton_plan),
         ),
     )
 

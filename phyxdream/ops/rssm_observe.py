@@ -5,7 +5,7 @@
     z_t ~ q(statistics_t), drawn by the given noise
 
 The equations of the cells are in phyxdream/ops/rssm_cells.py. C++ in csrc/rssm_scan.cpp, called by
-phyxdream/ops/rssm_observe_cpu.py; Triton in kernels/rssm_observe.py, called by phyxdream/ops/rssm_observe_triton.py.
+phyxdream/ops/rssm_observe_cpu.py; Triton in kernels/rssm_scan.py, called by phyxdream/ops/rssm_observe_triton.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from phyxdream.ops import rssm_cells, rssm_cpu, rssm_observe_cpu, rssm_observe_triton
+from phyxdream.ops import rssm_cells, rssm_cpu, rssm_observe_cpu, rssm_observe_triton, rssm_triton
 from phyxdream.ops.backend import Backend, Op
 from phyxdream.ops.contract import HALF
 from phyxdream.ops.rssm_cells import CELLS, CellWeights, Options, PosteriorWeights, Sizes
@@ -237,7 +237,7 @@ def _fake(*args):
     T, B, *latent = noise.shape
     statistics = posterior.out_weight.shape[0]
     if embed.is_cuda:
-        tape = embed.new_empty(T * B * _model(*args).tape_row, dtype=torch.float32)
+        tape = embed.new_empty(_model(*args).tape_size, dtype=torch.float32)
     else:
         tape = embed.new_empty(rssm_observe_cpu.tape_size(cell, posterior, T, B, deter.shape[1], latent))
     return (
@@ -309,16 +309,15 @@ def _triton_forward(*args):
 
 
 def _triton_refuse(*args):
-    return rssm_observe_triton.refuse(args[0], args[5], args[len(_TENSORS) + _WEIGHTS + 1])
+    return rssm_triton.refuse(args[0], args[5], args[len(_TENSORS) + _WEIGHTS + 1])
 
 
 def _triton_plan(*args):
-    return rssm_observe_triton.plan(args[0], _model(*args))
+    return rssm_triton.plan(_model(*args), args[0])
 
 
 def _model(embed, action, is_first, deter, stoch, noise, initial_deter, initial_stoch, *rest):
-    T, B, *latent = noise.shape
-    return rssm_observe_triton.model_of(*split_weights(rest), T, B, embed.shape[2], deter.shape[1], latent)
+    return rssm_observe_triton.model_of(noise, deter.shape[1], *split_weights(rest))
 
 
 _op = Op(
