@@ -28,6 +28,7 @@ from phyxdream.ops.rssm_contract import (
     check_numbers,
     check_shape,
     check_tensors,
+    in_float32,
     named_weights,
 )
 from phyxdream.ops.rssm_imagine_cpu import PolicyOptions
@@ -54,10 +55,11 @@ def rssm_imagine(
     mean + std · noise with std = softplus(raw) + min_std.
 
     Args:
-        action: (H, B, A) float32 or float64, any strides; `action[t]` leads to state t of the result.
+        action: (H, B, A) float32, float64, bfloat16 or float16, any strides; `action[t]` leads to state t of the
+            result. All tensors share its dtype.
         deter: (B, D) state before the first step.
         stoch: (B, S, C) or (B, S).
-        noise: (H, B, S, C) uniform in [0, 1), or (H, B, S) standard normal.
+        noise: (H, B, S, C) uniform in [0, 1), or (H, B, S) standard normal; float32 also goes with half precision.
         cell: `GRUWeights`, `LayerNormGRUWeights` or `BlockGRUWeights`; which one says which cell it is.
         prior: `HeadWeights` from h to the statistics of z.
         act: activation of all layers, `silu`, `elu`, `relu`, `gelu` or `tanh`; None is the cell's own: `elu` for a
@@ -70,8 +72,11 @@ def rssm_imagine(
         deter (H, B, D), stoch (H, B, S, C) and logits (H, B, S, C) before unimix; or deter, stoch (H, B, S), mean and
         std (H, B, S). The state before the first step is not among them.
 
+    Half precision is computed in float32, state included, and rounded once; but Triton's products have half-precision
+    factors. Inside autocast, all tensors become float32, and on CUDA of the region's dtype.
+
     Raises:
-        TypeError: an argument is of another type, or the dtypes differ (inside autocast, all become float32).
+        TypeError: an argument is of another type, or the dtypes differ.
         ValueError: a shape does not fit, the devices differ, a tensor is empty, or an option is out of range.
 
     Source: Hafner et al., "Dream to Control", 2020; as `rssm_observe` for the cells and latents.
@@ -118,7 +123,7 @@ def rssm_imagine_policy(
     but the two kinds of noise: through the dynamics, the actions and the samples.
 
     Args:
-        action_noise: (H, B, A), uniform in [0, 1) for a categorical policy, else standard normal.
+        action_noise: (H, B, A), uniform in [0, 1) for a categorical policy, else standard normal; dtypes as `noise`.
         policy: `HeadWeights` from [h, z], (D + S·C) or (D + S), to the statistics of the action: A logits, or A means
             and A raw deviations.
         dist: `categorical` (one-hot actions, straight-through gradient), `bounded_normal` or `tanh_normal`; see
@@ -225,7 +230,7 @@ def _prepare(
         for i, layer in enumerate(head.layers):
             named |= named_weights(f"{owner}.layers[{i}]", layer)
         named |= {f"{owner}.out_weight": head.out_weight, f"{owner}.out_bias": head.out_bias}
-    flat = alike(named)
+    flat = alike(named, half=True)
     act = rssm_cells.DEFAULT_ACT[name] if act is None else act
     policy_act = act if policy_act is None else policy_act
     check_act("act", act)
@@ -260,7 +265,11 @@ def _split(args) -> tuple[CellWeights, HeadWeights, HeadWeights | None, Options,
     return cell, *heads, Options(act, *numbers[:4]), PolicyOptions(dist, policy_act, *numbers[4:])
 
 
-def _reference(action, deter, stoch, noise, *rest):
+def _reference(*args):
+    return in_float32(_scan, args)
+
+
+def _scan(action, deter, stoch, noise, *rest):
     cell, prior, policy, options, policy_options = _split(rest)
     H, latent = noise.shape[0], noise.shape[2:]
     categorical = len(latent) == 2

@@ -10,7 +10,6 @@ phyxdream/ops/rssm_observe_cpu.py; Triton in kernels/rssm_scan.py, called by phy
 
 from __future__ import annotations
 
-import contextlib
 import math
 from functools import partial
 
@@ -20,7 +19,6 @@ from torch.nn import functional as F
 
 from phyxdream.ops import rssm_cells, rssm_cpu, rssm_observe_cpu, rssm_observe_triton, rssm_triton
 from phyxdream.ops.backend import Backend, Op
-from phyxdream.ops.contract import HALF
 from phyxdream.ops.rssm_cells import CELLS, CellWeights, Options, PosteriorWeights, Sizes
 from phyxdream.ops.rssm_contract import (
     alike,
@@ -31,6 +29,7 @@ from phyxdream.ops.rssm_contract import (
     check_shape,
     check_tensors,
     check_weights,
+    in_float32,
     named_weights,
 )
 
@@ -191,14 +190,8 @@ def split_weights(args) -> tuple[CellWeights, PosteriorWeights, Options]:
     return cell, posterior, Options(act, unimix, min_std, rms_eps, layer_eps)
 
 
-def _reference(embed, *rest):
-    device, dtype = embed.device.type, embed.dtype
-    plain = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
-    with plain:
-        if dtype not in HALF:
-            return _scan(embed, *rest)
-        rest = [x.float() if isinstance(x, Tensor) and x.dtype is not torch.bool else x for x in rest]
-        return tuple(x.to(dtype) for x in _scan(embed.float(), *rest))
+def _reference(*args):
+    return in_float32(_scan, args)
 
 
 def _scan(embed, action, is_first, deter, stoch, noise, initial_deter, initial_stoch, *rest):

@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.nn import functional as F
 
@@ -451,8 +452,11 @@ def check_what_else_triton_takes_in_the_interpreter():
             grads.append({k: x.grad for k, x in leaves.items() if x.grad is not None and x.grad.any()})
         assert_same(*grads)
 
-    # float16 rounds at 2⁻¹¹ what enters every product; the interpreter knows no bfloat16.
-    case = Case("layernorm_gru", (5,), "bounded_normal", H=2, dtype=torch.float32).to(torch.float16)
+    # float16 rounds at 2⁻¹¹ what enters every product; the interpreter knows no bfloat16. Noise may be precise.
+    case = Case("layernorm_gru", (5,), "bounded_normal", H=2, dtype=torch.float32)
+    noise = case.noise, case.action_noise
+    case.to(torch.float16)
+    case.noise, case.action_noise = noise
     got = triton_run(case, "tile")
     assert all(x.dtype is torch.float16 for x in got.values())
     expected = case.to(torch.float32).run("reference")
@@ -597,6 +601,53 @@ def test_autocast_computes_in_float32():
     torch.testing.assert_close(outputs[0], case.run("cpu")["result 0"], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("latent", LATENTS)
+@pytest.mark.parametrize("loop", ["open", "bounded_normal"])
+def test_half_precision_is_rounded_once(loop, latent):
+    """And noise may be precise."""
+    case = Case(latent=LATENTS[latent], loop=loop, dtype=torch.float32)
+    noise = case.noise, case.action_noise
+    case.to(torch.bfloat16)
+    case.noise, case.action_noise = noise
+    half = {k: x.clone().requires_grad_() for k, x in case.inputs.items()}
+    precise = {k: x.float().requires_grad_() for k, x in case.inputs.items()}
+    with ops.use_backend("reference"):
+        outputs, expected = case.call(half), case.call(precise)
+    assert all(x.dtype is torch.bfloat16 for x in outputs)
+    for x, y in zip(outputs[:3], expected[:3], strict=True):
+        torch.testing.assert_close(x, y.bfloat16(), rtol=0, atol=0)
+    for scan in (outputs, expected):
+        scan[0].sum().backward()
+    for name, x in half.items():
+        if x.grad is not None:
+            torch.testing.assert_close(x.grad, precise[name].grad.bfloat16(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("loop", ["open", "categorical"])
+def test_autocast_on_cuda_computes_in_its_dtype(loop):
+    """By what enters the op; the tensors are on a GPU that need not exist."""
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        with FakeTensorMode():
+            case = Case(loop=loop, dtype=torch.float32)
+            for group in (case.tensors, case.weights):
+                group |= {k: torch.empty_like(x, device="cuda") for k, x in group.items() if x is not None}
+            noises = case.noise, case.action_noise
+            case.noise, case.action_noise = (torch.empty_like(x, device="cuda") for x in noises)
+            args, keywords = case.arguments()
+            args = op._prepare(*args, **keywords)
+            outputs = op._fake(*args[:-1], True)  # with a tape
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    half = torch.get_autocast_dtype("cuda")
+    first, deter, stoch, noise, weights = args[:5]
+    assert noise.dtype is torch.float32
+    assert first.dtype is (half if loop == "open" else torch.float32)
+    assert {x.dtype for x in (deter, stoch, *weights)} == {half}
+    assert [x.dtype for x in outputs] == [half] * 4 + [torch.float32, torch.int32]
+    assert outputs[4].numel() > 0
+
+
 @needs_extension
 def test_a_second_derivative_is_refused():
     case = Case(loop="categorical", dtype=torch.float32)
@@ -643,7 +694,7 @@ def weight(name, value):
         (tensor(deter=lambda x: x[0]), ValueError, r"deter: expected shape \(3, D\), got \(8,\)"),
         (tensor(deter=lambda x: x[1:]), ValueError, r"deter: expected shape \(3, D\), got \(2, 8\)"),
         (tensor(stoch=lambda x: x[..., 0]), ValueError, r"stoch: expected shape \(3, 3, 4\), got \(3, 3\)"),
-        (tensor(deter=lambda x: x.float()), TypeError, r"dtype of action_noise, .*64, got deter torch.float32"),
+        (tensor(deter=lambda x: x.float()), TypeError, r"dtype of deter, .*32, got action_noise torch.float64"),
         (tensor(stoch=lambda x: x.numpy()), TypeError, r"stoch: expected a tensor, got ndarray"),
         (tensor(stoch=lambda x: x.long()), TypeError, r"stoch: expected a floating-point tensor, got torch.int64"),
         (lambda case: setattr(case, "noise", case.noise[0, 0]), ValueError, r"noise: expected shape .*got \(3, 4\)"),
