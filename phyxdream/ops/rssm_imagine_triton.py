@@ -132,7 +132,7 @@ def _backward(grads, outputs, tensors, cell, prior, policy, options, policy_opti
     action, deter, stoch, noise = tensors
     deter_out, stoch_out, statistics, action_out, tape, _ = outputs
     model = model_of(tensors, cell, prior, policy, options, policy_options, taped=True)
-    B, D = model.B, model.D
+    B, D, dtype = model.B, model.D, deter.dtype
     weights = rssm_triton.weights_of(model, cell, prior, policy)
     before = torch.cat([deter.unsqueeze(0), deter_out[:-1]]).flatten(0, 1)
     memory = rssm_triton.gradients_of(
@@ -160,15 +160,16 @@ def _backward(grads, outputs, tensors, cell, prior, policy, options, policy_opti
 
     grad_action = grad_deter = grad_stoch = None
     if wanted[0]:
-        grad_action = (back.action_layer.grad @ cell.in_action).view(action.shape)
+        grad_action = (back.action_grad.to(dtype) @ cell.in_action).view(action.shape)
         if model.cell == "block_gru":
             grad_action = grad_action / action.abs().clamp(min=1)
     if wanted[1]:
-        grad_deter = memory.carry.to(deter.dtype)
+        grad_deter = memory.carry.to(dtype)
     if wanted[2]:
-        grad_stoch = back.left["stoch"].grad[:B] @ cell.in_stoch
+        grad_stoch = back.stoch_grad[:B].to(dtype) @ cell.in_stoch
     if policy is not None and (wanted[1] or wanted[2]):  # it acted on the state before the first step
-        of_deter, of_stoch = (back.left["policy0"].grad[:B] @ policy.layers[0].weight).split([D, stoch[0].numel()], 1)
+        acted = back.left["policy0"].grad[:B].to(dtype) @ policy.layers[0].weight
+        of_deter, of_stoch = acted.split([D, stoch[0].numel()], 1)
         grad_deter = None if grad_deter is None else grad_deter + of_deter
         grad_stoch = None if grad_stoch is None else grad_stoch + of_stoch
     grad_stoch = None if grad_stoch is None else grad_stoch.view(stoch.shape)

@@ -274,7 +274,9 @@ def _cpu_forward(*args):
 def _backward_of(implementation, *args):
     grads, outputs, inputs = args[:3], args[3:8], args[8:]
     cell, posterior, options = split_weights(inputs[len(_TENSORS) :])
-    found = implementation.backward(grads, outputs, inputs[: len(_TENSORS)], cell, posterior, options)
+    wanted = ((True,) * 6, *(type(x)(*(y is not None for y in x)) for x in (cell, posterior)))
+    wanted = wanted if implementation is rssm_observe_triton else ()
+    found = implementation.backward(grads, outputs, inputs[: len(_TENSORS)], cell, posterior, options, *wanted)
     empty = outputs[0].new_empty(0)
     tensors, cell_grads, posterior_grads = found
     flat = [*tensors, *cell_grads, *posterior_grads]
@@ -298,7 +300,7 @@ def _cpu_plan(*args):
 
 
 def _triton_forward(*args):
-    return rssm_observe_triton.forward(args[: len(_TENSORS)], *split_weights(args[len(_TENSORS) :]))
+    return rssm_observe_triton.forward(args[: len(_TENSORS)], *split_weights(args[len(_TENSORS) :]), taped=True)
 
 
 def _triton_refuse(*args):
@@ -310,7 +312,7 @@ def _triton_plan(*args):
 
 
 def _model(embed, action, is_first, deter, stoch, noise, initial_deter, initial_stoch, *rest):
-    return rssm_observe_triton.model_of(noise, deter.shape[1], *split_weights(rest))
+    return rssm_observe_triton.model_of(noise, deter.shape[1], *split_weights(rest), taped=True)
 
 
 _op = Op(

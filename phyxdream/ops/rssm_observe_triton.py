@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -11,8 +13,10 @@ from phyxdream.ops.rssm_cells import CellWeights, HeadWeights, LayerWeights, Opt
 from phyxdream.ops.rssm_triton import Model
 
 
-def model_of(noise: Tensor, D: int, cell: CellWeights, posterior: PosteriorWeights, options: Options) -> Model:
-    return rssm_triton.model_of(noise, D, cell, _head(posterior), options)
+def model_of(
+    noise: Tensor, D: int, cell: CellWeights, posterior: PosteriorWeights, options: Options, taped: bool
+) -> Model:
+    return rssm_triton.model_of(noise, D, cell, _head(posterior), options, taped=taped)
 
 
 def _head(posterior):
@@ -40,13 +44,13 @@ def _source(is_first, initial, given, results):
 
 
 def forward(
-    tensors: tuple[Tensor, ...], cell: CellWeights, posterior: PosteriorWeights, options: Options
+    tensors: tuple[Tensor, ...], cell: CellWeights, posterior: PosteriorWeights, options: Options, taped: bool
 ) -> tuple[Tensor, ...]:
-    """The five outputs of the schema from its eight tensors."""
+    """The five outputs of the schema from its eight tensors; the tape is empty where no backward may follow."""
     embed, action, is_first, deter, stoch, noise, initial_deter, initial_stoch = tensors
     T, B, *latent = noise.shape
     D, categorical = deter.shape[1], len(latent) == 2
-    model = model_of(noise, D, cell, posterior, options)
+    model = model_of(noise, D, cell, posterior, options, taped)
     kernels = backend.triton_kernels("rssm_scan")
     with torch.autocast(embed.device.type, enabled=False):
         scaled, _ = _scaled_action(cell, action, is_first)
@@ -60,7 +64,7 @@ def forward(
             embed.new_empty(T, B, D),
             embed.new_empty(T, B, *latent),
             embed.new_empty(T, B, posterior.out_weight.shape[0]),
-            embed.new_empty(model.tape_size, dtype=torch.float32),
+            embed.new_empty(model.tape_size if taped else 0, dtype=torch.float32),
             embed.new_empty((T, B, latent[0]) if categorical else 0, dtype=torch.int32),
         )
         memory = kernels.Memory(
@@ -77,6 +81,8 @@ def forward(
             None,
             *outputs,
         )
+        if not taped:
+            memory = memory._replace(tape=embed.new_empty(model.tape_size, dtype=torch.float32))
         prior = rssm_triton.kernel_head(_head(posterior))
         kernels.run(model, _weights(model, cell, posterior), prior, None, memory)
     return outputs
@@ -89,21 +95,22 @@ def backward(
     cell: CellWeights,
     posterior: PosteriorWeights,
     options: Options,
-) -> tuple[tuple[Tensor, ...], CellWeights, PosteriorWeights]:
-    """Gradients of (embed, action, deter, stoch, initial_deter, initial_stoch), of the cell and of the posterior.
-
-    In the last two, None stands where there was no weight.
-    """
+    wanted: Sequence[bool],
+    wanted_cell: CellWeights,
+    wanted_posterior: PosteriorWeights,
+) -> tuple[tuple[Tensor | None, ...], CellWeights, PosteriorWeights]:
+    """Gradients of (embed, action, deter, stoch, initial_deter, initial_stoch), of the cell and of the posterior; None
+    where none is wanted. `wanted...` have True or False in place of the tensors."""
     with torch.autocast(tensors[0].device.type, enabled=False):
-        return _backward(grads, outputs, tensors, cell, posterior, options)
+        return _backward(grads, outputs, tensors, cell, posterior, options, wanted, wanted_cell, wanted_posterior)
 
 
-def _backward(grads, outputs, tensors, cell, posterior, options):
+def _backward(grads, outputs, tensors, cell, posterior, options, wanted, wanted_cell, wanted_posterior):
     embed, action, is_first, deter, stoch, noise, initial_deter, initial_stoch = tensors
     deter_out, stoch_out, statistics, tape, _ = outputs
     T, B = noise.shape[:2]
     D, dtype, head = deter.shape[1], embed.dtype, _head(posterior)
-    model = model_of(noise, D, cell, posterior, options)
+    model = model_of(noise, D, cell, posterior, options, taped=True)
     weights = _weights(model, cell, posterior)
     before = _source(is_first, initial_deter, deter, deter_out)
     memory = rssm_triton.gradients_of(
@@ -121,17 +128,23 @@ def _backward(grads, outputs, tensors, cell, posterior, options):
     scaled, scale = _scaled_action(cell, action, is_first)
     stoch_before = lambda: _source(is_first, initial_stoch, stoch, stoch_out)  # noqa: E731
     back = rssm_triton.Backward(model, cell, weights, memory, before, stoch_before, scaled)
-    cell_grads = back.of_cell(set(cell._fields))
-    wanted = HeadWeights((LayerWeights(*(x is not None for x in posterior[:4])),), True, True)
+    cell_grads = back.of_cell({name for name, wants in wanted_cell._asdict().items() if wants})
     inputs = (lambda: deter_out.flatten(0, 1), lambda: embed.flatten(0, 1))
-    found = back.of_head(model.prior, head, wanted, memory.statistics_rows, *inputs)
+    found = back.of_head(model.prior, head, _head(wanted_posterior), memory.statistics_rows, *inputs)
 
-    grad_embed = (back.left["head"].grad @ posterior.in_weight[:, D:]).view(embed.shape)
-    grad_action = (back.action_layer.grad @ cell.in_action).view(action.shape) * scale
     # Where z came from: the step before, a reset, or, at the first step, the caller.
-    by_step, first = back.left["stoch"].grad.view(T, B, model.U), is_first.unsqueeze(-1)
-    reset = torch.where(first, by_step, 0.0).sum((0, 1))
-    grad_initial_stoch = (reset @ cell.in_stoch).view(initial_stoch.shape)
-    grad_stoch = (torch.where(first[0], 0.0, by_step[0]) @ cell.in_stoch).view(stoch.shape)
-    of_states = (memory.carry.to(dtype), grad_stoch, memory.initial.sum(0).to(dtype), grad_initial_stoch)
-    return (grad_embed, grad_action, *of_states), cell_grads, PosteriorWeights(*found.layers[0], *found[1:])
+    by_step, first = back.stoch_grad.view(T, B, model.U), is_first.unsqueeze(-1)
+
+    def through_in_stoch(grad, like):
+        return (grad.to(dtype) @ cell.in_stoch).view(like.shape)
+
+    makers = (
+        lambda: (back.left["head"].grad.to(dtype) @ posterior.in_weight[:, D:]).view(embed.shape),
+        lambda: (back.action_grad.to(dtype) @ cell.in_action).view(action.shape) * scale,
+        lambda: memory.carry.to(dtype),
+        lambda: through_in_stoch(torch.where(first[0], 0.0, by_step[0]), stoch),
+        lambda: memory.initial.sum(0).to(dtype),
+        lambda: through_in_stoch(torch.where(first, by_step, 0.0).sum((0, 1)), initial_stoch),
+    )
+    of_inputs = tuple(make() if wants else None for make, wants in zip(makers, wanted, strict=True))
+    return of_inputs, cell_grads, PosteriorWeights(*found.layers[0], *found[1:])

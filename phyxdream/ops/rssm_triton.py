@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from phyxdream.ops import backend, rssm_cells
 from phyxdream.ops.contract import HALF
 from phyxdream.ops.rssm_cells import CELLS, BlockGRUWeights, CellWeights, HeadWeights, LayerWeights, Options
+from phyxdream.ops.rssm_gradients import CellGradients
 from phyxdream.ops.rssm_imagine_cpu import PolicyOptions
 
 _ACTS = ("silu", "elu", "relu")
@@ -219,14 +220,14 @@ class _Left:
         """Of what entered the norm."""
         gain, shift = self.affine
         if gain is None:
-            return self.rows.to(self.dtype)
+            return self.rows
         d = self.rows * gain
         mean = 0.0 if shift is None else d.mean(1, keepdim=True)
-        return (self.inverse * (d - mean - self.n * (d * self.n).mean(1, keepdim=True))).to(self.dtype)
+        return self.inverse * (d - mean - self.n * (d * self.n).mean(1, keepdim=True))
 
     @cached_property
     def out(self) -> Tensor:
-        """What the activation gave."""
+        """What the activation gave, in the dtype of the weights."""
         return rssm_cells.ACTIVATIONS[self.act](_affine(self.n, *self.affine)).to(self.dtype)
 
     @property
@@ -237,12 +238,21 @@ class _Left:
     def shift(self) -> Tensor:
         return self.rows.sum(0)
 
-    @property
-    def bias(self) -> Tensor:
-        return self.grad.float().sum(0)
+
+def product(grad: Tensor, *sources: Tensor) -> Tensor:
+    return torch.cat([grad.to(x.dtype).t() @ x for x in sources], 1)
 
 
-class Backward:
+def block_product(source: Tensor, grad: Tensor, blocks: int) -> Tensor:
+    by_block = grad.to(source.dtype).unflatten(1, (blocks, -1)).transpose(0, 1)  # (G, T·B, O)
+    return torch.bmm(source.unflatten(1, (blocks, -1)).permute(1, 2, 0), by_block)
+
+
+def summed(grad: Tensor) -> Tensor:
+    return grad.sum(0)
+
+
+class Backward(CellGradients):
     """Gradients of the weights, and what those of the inputs are made of, from what the kernels wrote.
 
     Args:
@@ -255,6 +265,8 @@ class Backward:
         action: (T·B, A), as its layer read it.
     """
 
+    product, block_product, summed = staticmethod(product), staticmethod(block_product), staticmethod(summed)
+
     def __init__(
         self,
         model: Model,
@@ -265,11 +277,10 @@ class Backward:
         stoch_before: Callable[[], Tensor],
         action: Tensor,
     ):
-        self.model, self.cell, self.memory, self.before, self.action = model, cell, memory, before, action
-        self.dtype = before.dtype
+        self.model, self.cell, self.before, self.action = model, cell, before, action
         self._stoch_before = stoch_before
-        tape, U = memory.tape.view(-1, model.tape_row), model.U
-        rows = {"stoch": memory.in_rows[:, :U]}
+        tape, U, rows = memory.tape.view(-1, model.tape_row), model.U, {"stoch": memory.in_rows[:, : model.U]}
+        self.gate_rows = memory.gate_rows
         if model.cell == "block_gru":
             rows |= {"deter": memory.in_rows[:, U : 2 * U], "mix": memory.mix_rows}
             if model.A:
@@ -285,7 +296,7 @@ class Backward:
             if gain is not None:
                 mean, inverse = tape[:, start + size : start + size + 2].split(1, 1)
                 n = (n - mean) * inverse
-            self.left[name] = _Left(grads, n, inverse, gain, shift, model.act(name), self.dtype)
+            self.left[name] = _Left(grads, n, inverse, gain, shift, model.act(name), before.dtype)
 
     @cached_property
     def stoch_before(self) -> Tensor:
@@ -298,63 +309,62 @@ class Backward:
             return self.left["stoch"]
         if self.model.A:
             return self.left["action"]
-        cell, act = self.cell, self.model.options.act
+        cell, act, dtype = self.cell, self.model.options.act, self.before.dtype
         u, n, inverse = _action_layer(cell, self.action, self.model.options)
-        rows = (self.left["mix"].grad @ cell.mix_inputs[:, 2 * self.model.U :]).float() * _slope(act, u)
-        return _Left(rows, n, inverse, cell.in_action_gain, cell.in_action_shift, act, self.dtype)
+        rows = (self.mix_grad.to(dtype) @ cell.mix_inputs[:, 2 * self.model.U :]).float() * _slope(act, u)
+        return _Left(rows, n, inverse, cell.in_action_gain, cell.in_action_shift, act, dtype)
+
+    @property
+    def deter_grad(self) -> Tensor:
+        return self.left["deter"].grad
+
+    @property
+    def stoch_grad(self) -> Tensor:
+        return self.left["stoch"].grad
+
+    @property
+    def action_grad(self) -> Tensor:
+        return self.action_layer.grad
+
+    @property
+    def in_out(self) -> Tensor:
+        if self.model.cell != "block_gru":
+            return self.left["stoch"].out
+        return torch.cat([self.left["deter"].out, self.left["stoch"].out, self.action_layer.out], 1)
+
+    @property
+    def mix_grad(self) -> Tensor:
+        return self.left["mix"].grad
+
+    @property
+    def mix_out(self) -> Tensor:
+        return self.left["mix"].out
+
+    @property
+    def gate_grad(self) -> Tensor:
+        return self.left["gates"].grad if "gates" in self.left else self.gate_rows[:, : 3 * self.model.D]
+
+    @property
+    def hidden_gate_grad(self) -> Tensor:
+        D = self.model.D
+        return torch.cat([self.gate_rows[:, : 2 * D], self.gate_rows[:, 3 * D :]], 1)
 
     def of_cell(self, wanted: set[str]) -> CellWeights:
         """Those that are wanted; None stands for the others, and where there was no weight."""
-        makers = self._of_block_gru() if self.model.cell == "block_gru" else self._of_gru()
+        makers = {"in_stoch": lambda: product(self.stoch_grad, self.stoch_before)}
+        makers |= self.makers(self.before, self.action)
+        if self.model.cell == "block_gru":
+            normed = {"in_deter": "deter", "in_stoch": "stoch", "mix": "mix"}
+        else:
+            normed = {"in": "stoch", "gates": "gates"}
+        layers = {name: lambda layer=layer: self.left[layer] for name, layer in normed.items()}
+        layers["in_action"] = lambda: self.action_layer
+        for (name, layer), part in itertools.product(layers.items(), ("gain", "shift")):
+            makers[f"{name}_{part}"] = lambda layer=layer, part=part: getattr(layer(), part)
         found = {}
         for name, x in self.cell._asdict().items():
             found[name] = makers[name]().to(x.dtype) if x is not None and name in wanted else None
         return type(self.cell)(**found)
-
-    def _of_gru(self):
-        """Of `gru` and `layernorm_gru`."""
-        D, into, rows = self.model.D, self.left["stoch"], self.memory.gate_rows
-        makers = {
-            "in_stoch": lambda: into.grad.t() @ self.stoch_before,
-            "in_action": lambda: into.grad.t() @ self.action,
-            **{f"in_{part}": lambda part=part: getattr(into, part) for part in ("bias", "gain", "shift")},
-        }
-        if self.model.cell == "layernorm_gru":
-            gates = self.left["gates"]
-            return makers | {
-                "gates": lambda: torch.cat([gates.grad.t() @ into.out, gates.grad.t() @ self.before], 1),
-                "gates_gain": lambda: gates.gain,
-                "gates_shift": lambda: gates.shift,
-            }
-
-        def of_hidden():
-            return torch.cat([rows[:, : 2 * D], rows[:, 3 * D :]], 1)
-
-        return makers | {
-            "input_gates": lambda: rows[:, : 3 * D].to(self.dtype).t() @ into.out,
-            "hidden_gates": lambda: of_hidden().to(self.dtype).t() @ self.before,
-            "input_bias": lambda: rows[:, : 3 * D].sum(0),
-            "hidden_bias": lambda: of_hidden().sum(0),
-        }
-
-    def _of_block_gru(self):
-        blocks, rows = self.model.blocks, self.memory.gate_rows
-        deter, stoch, mix = (self.left[name] for name in ("deter", "stoch", "mix"))
-        action = lambda: self.action_layer  # noqa: E731
-        layers = {"in_deter": lambda: deter, "in_stoch": lambda: stoch, "in_action": action, "mix": lambda: mix}
-        affine = {
-            f"{name}_{part}": lambda layer=layer, part=part: getattr(layer(), part)
-            for (name, layer), part in itertools.product(layers.items(), ("bias", "gain", "shift"))
-        }
-        return affine | {
-            "in_deter": lambda: deter.grad.t() @ self.before,
-            "in_stoch": lambda: stoch.grad.t() @ self.stoch_before,
-            "in_action": lambda: action().grad.t() @ self.action,
-            "mix_deter": lambda: _block_product(self.before, mix.grad, blocks),
-            "mix_inputs": lambda: mix.grad.t() @ torch.cat([deter.out, stoch.out, action().out], 1),
-            "gates": lambda: _block_product(mix.out, rows.to(self.dtype), blocks),
-            "gates_bias": lambda: rows.sum(0),
-        }
 
     def of_head(
         self,
@@ -368,13 +378,19 @@ class Backward:
         are of its result (T·B, size), `inputs` make what its first layer reads, side by side."""
         lefts, layers = [self.left[name] for name in names], []
         for i, (left, layer, wants) in enumerate(zip(lefts, head.layers, wanted.layers, strict=True)):
-            sources = [lambda i=i: lefts[i - 1].out] if i else inputs
-            made = [torch.cat([left.grad.t() @ x() for x in sources], 1) if wants.weight else None]
-            made += [getattr(left, part) if getattr(wants, part) else None for part in ("bias", "gain", "shift")]
-            layers.append(LayerWeights(*map(_as, layer, made)))
-        out = rows.to(self.dtype).t() @ lefts[-1].out if wanted.out_weight else None
-        bias = rows.sum(0) if wanted.out_bias else None
-        return HeadWeights(tuple(layers), _as(head.out_weight, out), _as(head.out_bias, bias))
+            makers = (
+                lambda i=i, left=left: product(left.grad, *(x() for x in inputs) if i == 0 else [lefts[i - 1].out]),
+                lambda left=left: summed(left.grad),
+                lambda left=left: left.gain,
+                lambda left=left: left.shift,
+            )
+            layers.append(LayerWeights(*map(_made, makers, layer, wants)))
+        out = _made(lambda: product(rows, lefts[-1].out), head.out_weight, wanted.out_weight)
+        return HeadWeights(tuple(layers), out, _made(lambda: summed(rows), head.out_bias, wanted.out_bias))
+
+
+def _made(maker, weight, wanted):
+    return maker().to(weight.dtype) if wanted else None
 
 
 def _action_layer(cell, rows, options):
@@ -400,12 +416,3 @@ def _slope(act, u):
         s = torch.sigmoid(u)
         return s * (1 + u * (1 - s))
     return torch.where(u > 0, 1.0, u.exp() if act == "elu" else 0.0)
-
-
-def _block_product(x, grad, blocks):
-    """The gradient (G, I, O) of a block-diagonal map of x (N, G·I) with gradient (N, G·O) of its result."""
-    return torch.bmm(x.unflatten(1, (blocks, -1)).permute(1, 2, 0), grad.unflatten(1, (blocks, -1)).transpose(0, 1))
-
-
-def _as(x, grad):
-    return None if x is None or grad is None else grad.to(x.dtype)
