@@ -1,4 +1,4 @@
-"""The phases of an RSSM step for CUDA devices, forward and backward (the formulas: csrc/rssm_observe.cpp).
+"""The phases of an RSSM step for CUDA devices, forward and backward (the formulas: csrc/rssm_forward.cpp).
 
 A phase is what programs may do side by side, a tile of sequences times a tile of features at a time; between phases
 they meet. What a phase needs of a whole vector (its mean, say) is summed per tile by the phase before. Unlike in C++, a

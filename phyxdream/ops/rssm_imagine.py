@@ -312,16 +312,18 @@ def _draw_action(statistics, noise, options):
 
 def _fake(*args):
     action, deter, _, noise, *rest = args
+    keep_tape = rest[-1]
+    if not keep_tape:
+        return _outputs(0, *args)
     if deter.is_cuda:
-        return _outputs(args, _model(*args).tape_size)
+        return _outputs(_model(*args).tape_size, *args)
     cell, prior, policy, _, policy_options = _split(rest)
     H, B, *latent = noise.shape
     A, D = action.shape[2], deter.shape[1]
-    return _outputs(args, rssm_imagine_cpu.tape_size(cell, prior, policy, policy_options, H, B, A, D, latent))
+    return _outputs(rssm_imagine_cpu.tape_size(cell, prior, policy, policy_options, H, B, A, D, latent), *args)
 
 
-def _outputs(args, tape_size):
-    action, deter, _, noise, *rest = args
+def _outputs(tape_size, action, deter, stoch, noise, *rest):
     _, prior, policy, *_ = _split(rest)
     H, B, *latent = noise.shape
     A, D = action.shape[2], deter.shape[1]
@@ -330,7 +332,7 @@ def _outputs(args, tape_size):
         deter.new_empty(H, B, *latent),
         deter.new_empty(H, B, prior.out_weight.shape[0]),
         deter.new_empty(0 if policy is None else (H, B, A)),
-        deter.new_empty(tape_size if rest[-1] else 0, dtype=torch.float32),
+        deter.new_empty(tape_size, dtype=torch.float32),
         deter.new_empty((H, B, latent[0]) if len(latent) == 2 else 0, dtype=torch.int32),
     )
 
@@ -393,8 +395,9 @@ def _cpu_plan(*args):
 
 
 def _triton_forward(*args):
-    outputs = _outputs(args, _model(*args).tape_size)
-    return rssm_imagine_triton.forward(outputs, args[:_TENSORS], *_split(args[_TENSORS:]), args[-1])
+    keep_tape = args[-1]
+    outputs = _outputs(_model(*args).tape_size if keep_tape else 0, *args)
+    return rssm_imagine_triton.forward(outputs, args[:_TENSORS], *_split(args[_TENSORS:]), keep_tape)
 
 
 def _triton_refuse(*args):
