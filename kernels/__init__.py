@@ -1,1 +1,1 @@
-"""Triton kernels, one file per op, installed as phyxdream.kernels."""
+"""Triton kernels, one file per op (the scans of an RSSM share theirs), installed as phyxdream.kernels."""

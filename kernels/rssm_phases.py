@@ -1,4 +1,4 @@
-"""The phases of an RSSM step for CUDA devices, forward and backward (the formulas: csrc/rssm_observe.cpp).
+"""The phases of an RSSM step for CUDA devices, forward and backward (the formulas: csrc/rssm_forward.cpp).
 
 A phase is what programs may do side by side, a tile of sequences times a tile of features at a time; between phases
 they meet. What a phase needs of a whole vector (its mean, say) is summed per tile by the phase before. Unlike in C++, a
@@ -53,8 +53,7 @@ class Weights(NamedTuple):
     gates_bias: Any
     hidden_gates: Any
     hidden_bias: Any
-    head: Any  # of the posterior or prior: (V, head_row), the first D columns
-    out: Any
+    out: Any  # of the prior or posterior
     out_bias: Any
 
 
@@ -64,20 +63,20 @@ class Layers(NamedTuple):
     action: Layer | None  # block_gru, of actions that come in with the steps
     mix: Layer | None  # block_gru
     gates: Layer | None  # layernorm_gru
-    head: Layer  # that the statistics are made of
+    head: Layer  # the prior's or posterior's last
 
 
 class Head(NamedTuple):
-    """A prior or policy: its layers and their weights; what follows `weights` only a policy has."""
+    """A prior (or posterior) or policy: its layers and their weights; what follows `weights` only a policy has."""
 
     layers: Any
-    weights: Any
+    weights: Any  # of the prior's first, D columns of a row of `Sizes.head_row`
     stoch: Any = None  # of the first layer, for categorical z: transposed, (S·C, size)
     stoch_first: Any = None  # what z brings at step 0
     out: Any = None
     out_bias: Any = None
     noise: Any = None
-    action: Any = None  # written; where the cell reads it as it is, `Memory.action`
+    action: Any = None  # written by the forward; where the cell reads it as it is, `Memory.action`
     dist: Any = None
     unimix: Any = None
     min_std: Any = None
@@ -92,11 +91,11 @@ class Sizes(NamedTuple):
     A: tl.constexpr  # of actions that come in with the steps, or 0
     D: tl.constexpr
     U: tl.constexpr
-    V: tl.constexpr
     stoch: tl.constexpr
     classes: tl.constexpr
     blocks: tl.constexpr
     head_row: tl.constexpr
+    in_row: tl.constexpr  # of `Gradients.in_rows`
     tape: tl.constexpr  # floats a step and sequence
     taped: tl.constexpr  # whether the tape has all steps, or only what one step hands from phase to phase
     gates: tl.constexpr  # where the gates start, if they have no layer
@@ -138,17 +137,20 @@ class Gradients(NamedTuple):
     deter: Any  # of the results, or None
     stoch: Any
     statistics: Any
-    is_first: Any
+    action: Any
+    is_first: Any  # None without resets
     noise: Any
     before: Any  # h that each step started from
     given: Any  # the statistics that the forward gave
     tape: Any
     sums: Any
     statistics_rows: Any  # written: of what left the linear maps; before the norm's gain, where there is one
-    head_rows: Any
+    prior_rows: Any  # of each layer
     gate_rows: Any  # gru: reset, update, new, and new as hidden_gates knows it; block_gru: per block three
     mix_rows: Any
-    in_rows: Any  # of z, then, block_gru, of h
+    in_rows: Any  # of z, then, block_gru, of h and of actions that come in with the steps
+    action_rows: Any  # of a policy's statistics
+    policy_rows: Any  # of each of its layers
     carry: Any  # (B, D)
     initial: Any  # (B, D): what resets stopped
 
@@ -229,6 +231,11 @@ def _sigmoid(x):
 @triton.jit
 def _tanh(x):
     return 2 / (1 + tl.exp(-2 * x)) - 1
+
+
+@triton.jit
+def _softplus(x):
+    return tl.maximum(x, 0.0) + tl.log(1 + tl.exp(-tl.abs(x)))
 
 
 @triton.jit
@@ -422,6 +429,18 @@ def _product_of_gradient(
             value = inverse[:, None] * (value - mean_d[:, None] - n_k * along[:, None])
         acc = _step(acc, value, s, weight, k, k < K, k_stride, n, inside, n_stride)
     return acc
+
+
+@triton.jit
+def _product_of_all_gradient(
+    acc, d, s, layer, rows, row, B, sequence, exists, weight, k_stride, n, inside, n_stride
+):  # fmt: skip
+    """Of what flows into a whole layer of a prior or policy."""
+    tiles: tl.constexpr = (layer.size + s.COLUMNS - 1) // s.COLUMNS
+    return _product_of_gradient(
+        acc, d, s, layer, tiles, rows, layer.size, 0, 0, layer.size, row, B, sequence, exists, weight, k_stride, n,
+        inside, n_stride,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -673,7 +692,7 @@ def _block_gate(w, l, d, s, k: tl.constexpr, mean, inverse, block, kept, exists,
 
 
 @triton.jit
-def head(weight, width: tl.constexpr, layer, d, s, t, tile, B, i):
+def prior_layer(weight, width: tl.constexpr, layer, d, s, t, tile, B, i):
     """The first layer of the posterior or prior, from `width` inputs, the first of which are h."""
     sequence, exists, row = _rows_of(t, tile, B, s)
     kept = _kept_row(s, row, sequence)
@@ -704,7 +723,8 @@ def _statistics(
     w, l, d, s, mean, inverse, row, kept, exists, column, inside, COLUMNS: tl.constexpr, size: tl.constexpr
 ):
     acc = _bias(tl.zeros((s.ROWS, COLUMNS), tl.float32), w.out_bias, column, inside)
-    acc = _product_of_layer(acc, d, s, l.head, mean, inverse, 0, s.V, kept, exists, w.out, 1, column, inside, s.V)
+    V: tl.constexpr = l.head.size
+    acc = _product_of_layer(acc, d, s, l.head, mean, inverse, 0, V, kept, exists, w.out, 1, column, inside, V)
     _store(d.statistics, row, size, column, exists[:, None] & inside[None, :], acc)
     return acc
 
@@ -722,7 +742,7 @@ def sample(w, l, d, s, t, T, tile, B, i):
         raw = _statistics(
             w, l, d, s, mean, inverse, row, kept, exists, column + s.stoch, inside, s.COLUMNS, 2 * s.stoch
         )
-        std = tl.maximum(raw, 0.0) + tl.log(1 + tl.exp(-tl.abs(raw))) + s.min_std
+        std = _softplus(raw) + s.min_std
         z += std * _load(d.noise, row, s.stoch, column, both)
         _store(d.stoch, row, s.stoch, column, both, z)
         if d.is_first is not None:
@@ -762,7 +782,7 @@ def _softmax(logits, s):
 
 
 @triton.jit
-def policy(p, layer, d, s, t, tile, B, i):
+def policy_layer(p, layer, d, s, t, tile, B, i):
     """Its first layer, of the state before the step."""
     sequence, exists, row = _rows_of(t, tile, B, s)
     kept = _kept_row(s, row, sequence)
@@ -789,6 +809,21 @@ def _action_statistics(p, d, s, layer, start: tl.constexpr, mean, inverse, kept,
 
 
 @triton.jit
+def _shares(logits, inside):
+    """The softmax of those that are inside."""
+    logits = tl.where(inside[None, :], logits, float("-inf"))
+    e = tl.exp(logits - tl.max(logits, 1)[:, None])
+    return e / tl.sum(e, 1)[:, None]
+
+
+@triton.jit
+def _wide_normal(mean, raw):
+    """Of a tanh_normal: a fifth of the mean, the deviation, and its slope."""
+    raw += 4.993239250550511  # softplus⁻¹(5)
+    return _tanh(mean / 5), _softplus(raw) + 1e-4, _sigmoid(raw)
+
+
+@triton.jit
 def draw(p, layer, d, s, t, tile, B):
     """The action: to the result, and as its layer reads it."""
     sequence, exists, row = _rows_of(t, tile, B, s)
@@ -799,9 +834,7 @@ def draw(p, layer, d, s, t, tile, B):
     both = exists[:, None] & inside[None, :]
     first = _action_statistics(p, d, s, layer, 0, mean, inverse, kept, exists, column, inside)
     if p.dist == CATEGORICAL:
-        logits = tl.where(inside[None, :], first, float("-inf"))
-        e = tl.exp(logits - tl.max(logits, 1)[:, None])
-        share = e / tl.sum(e, 1)[:, None] * (1 - p.unimix) + p.unimix / s.A
+        share = _shares(first, inside) * (1 - p.unimix) + p.unimix / s.A
         time = tl.where(inside[None, :], _load(p.noise, row, s.A, column, both), float("inf"))
         action = tl.where(column[None, :] == tl.argmin(time / share, 1)[:, None], 1.0, 0.0)
     else:
@@ -810,9 +843,8 @@ def draw(p, layer, d, s, t, tile, B):
             center = _tanh(first)
             std = (p.max_std - p.min_std) * _sigmoid(raw + 2) + p.min_std
         else:
-            center = 5 * _tanh(first / 5)
-            raw += 4.993239250550511  # softplus⁻¹(5)
-            std = tl.maximum(raw, 0.0) + tl.log(1 + tl.exp(-tl.abs(raw))) + 1e-4
+            center, std, _ = _wide_normal(first, raw)
+            center *= 5
         action = center + std * _load(p.noise, row, s.A, column, both)
         if p.dist == TANH_NORMAL:
             action = _tanh(action)
@@ -826,18 +858,24 @@ def draw(p, layer, d, s, t, tile, B):
 
 
 @triton.jit
-def _stoch_gradient(acc, w, l, g, s, t, T, row, B, sequence, exists, column, inside):
+def _stoch_gradient(acc, w, l, g, s, policy, t, T, row, B, sequence, exists, column, inside):
     """The gradient of z, which the next step read where it was not reset."""
-    width: tl.constexpr = 2 * s.U if s.cell == BLOCK_GRU else s.U
     tiles: tl.constexpr = (s.U + s.COLUMNS - 1) // s.COLUMNS
     Z: tl.constexpr = s.stoch * s.classes if s.classes > 0 else s.stoch
     k_stride: tl.constexpr = 1 if s.classes > 0 else Z  # that of categorical latents is transposed
     n_stride: tl.constexpr = s.U if s.classes > 0 else 1
     if t + 1 < T:
         acc = _product_of_gradient(
-            acc, g, s, l.stoch, tiles, g.in_rows, width, 0, 0, s.U, row + B, B, sequence, exists, w.in_stoch, k_stride,
-            column, inside, n_stride,
+            acc, g, s, l.stoch, tiles, g.in_rows, s.in_row, 0, 0, s.U, row + B, B, sequence, exists, w.in_stoch,
+            k_stride, column, inside, n_stride,
         )  # fmt: skip
+        if policy is not None:
+            weight = policy.stoch if s.classes > 0 else policy.weights[0] + s.D
+            size: tl.constexpr = policy.layers[0].size
+            acc = _product_of_all_gradient(
+                acc, g, s, policy.layers[0], g.policy_rows[0], row + B, B, sequence, exists, weight,
+                1 if s.classes > 0 else s.D + Z, column, inside, size if s.classes > 0 else 1,
+            )  # fmt: skip
         acc = tl.where(_resets(g.is_first, row + B, exists)[:, None], 0.0, acc)
     if g.stoch is not None:
         acc += _load(g.stoch, row, Z, column, exists[:, None] & inside[None, :])
@@ -852,14 +890,14 @@ def _put_statistics(g, s, value, row, size: tl.constexpr, column, both):
 
 
 @triton.jit
-def statistics_back(w, l, g, s, t, T, tile, B, i):
+def statistics_back(w, l, g, s, policy, t, T, tile, B, i):
     """Through the sample to the statistics. Of the categorical, p is computed again."""
     sequence, exists, row = _rows_of(t, tile, B, s)
     if s.classes == 0:
         column, inside, _, _ = _tile(i, s.stoch, 1, s.COLUMNS)
         both = exists[:, None] & inside[None, :]
         acc = tl.zeros((s.ROWS, s.COLUMNS), tl.float32)
-        acc = _stoch_gradient(acc, w, l, g, s, t, T, row, B, sequence, exists, column, inside)
+        acc = _stoch_gradient(acc, w, l, g, s, policy, t, T, row, B, sequence, exists, column, inside)
         raw = _load(g.given, row, 2 * s.stoch, column + s.stoch, both)
         of_raw = acc * _load(g.noise, row, s.stoch, column, both) * _sigmoid(raw)
         _put_statistics(g, s, acc, row, 2 * s.stoch, column, both)
@@ -874,7 +912,7 @@ def statistics_back(w, l, g, s, t, T, tile, B, i):
         both = exists[:, None] & inside[None, :]
         Z: tl.constexpr = s.stoch * s.classes
         acc = tl.zeros((s.ROWS, s.VARIABLES * s.CLASSES), tl.float32)
-        acc = _stoch_gradient(acc, w, l, g, s, t, T, row, B, sequence, exists, column, inside)
+        acc = _stoch_gradient(acc, w, l, g, s, policy, t, T, row, B, sequence, exists, column, inside)
         logits = tl.where(is_class[None, :], _load(g.given, row, Z, column, both), float("-inf"))
         p = _softmax(logits, s)
         acc = tl.reshape(acc, p.shape)
@@ -883,17 +921,29 @@ def statistics_back(w, l, g, s, t, T, tile, B, i):
 
 
 @triton.jit
-def head_back(w, l, g, s, t, tile, B, i):
+def last_layer_back(out, size: tl.constexpr, of_result, layer, rows, g, s, t, tile, B, i):
+    """Of a prior or policy, from the gradient (T·B, size) of what it ends in."""
     sequence, exists, row = _rows_of(t, tile, B, s)
-    column, inside, count, _ = _tile(i, s.V, 1, s.COLUMNS)
-    size: tl.constexpr = s.stoch * s.classes if s.classes > 0 else 2 * s.stoch
+    column, inside, count, _ = _tile(i, layer.size, 1, s.COLUMNS)
     acc = tl.zeros((s.ROWS, s.COLUMNS), tl.float32)
-    acc = _product(acc, s, g.statistics_rows, row, size, exists, size, w.out, s.V, column, inside, 1)
-    _enter_backward(g, s, l.head, i, acc, g.head_rows, s.V, 0, row, B, sequence, exists, column, inside, count)
+    acc = _product(acc, s, of_result, row, size, exists, size, out, layer.size, column, inside, 1)
+    _enter_backward(g, s, layer, i, acc, rows, layer.size, 0, row, B, sequence, exists, column, inside, count)
 
 
 @triton.jit
-def update_back(w, l, g, s, t, tile, B, i):
+def layer_back(weight, after, after_rows, layer, rows, g, s, t, tile, B, i):
+    """Of a prior or policy, from the one after it."""
+    sequence, exists, row = _rows_of(t, tile, B, s)
+    column, inside, count, _ = _tile(i, layer.size, 1, s.COLUMNS)
+    acc = tl.zeros((s.ROWS, s.COLUMNS), tl.float32)
+    acc = _product_of_all_gradient(
+        acc, g, s, after, after_rows, row, B, sequence, exists, weight, layer.size, column, inside, 1
+    )
+    _enter_backward(g, s, layer, i, acc, rows, layer.size, 0, row, B, sequence, exists, column, inside, count)
+
+
+@triton.jit
+def update_back(w, l, g, s, prior, policy, t, T, tile, B, i):
     """Into the gates, and past them to the state before, which is the carry."""
     sequence, exists, row = _rows_of(t, tile, B, s)
     column, inside, _, block = _tile(i, s.D, s.blocks, s.COLUMNS)
@@ -901,11 +951,17 @@ def update_back(w, l, g, s, t, tile, B, i):
     acc = _load(g.carry, sequence, s.D, column, both)
     if g.deter is not None:
         acc += _load(g.deter, row, s.D, column, both)
-    tiles: tl.constexpr = (s.V + s.COLUMNS - 1) // s.COLUMNS
-    acc = _product_of_gradient(
-        acc, g, s, l.head, tiles, g.head_rows, s.V, 0, 0, s.V, row, B, sequence, exists, w.head, s.head_row, column,
+    acc = _product_of_all_gradient(
+        acc, g, s, prior.layers[0], g.prior_rows[0], row, B, sequence, exists, prior.weights[0], s.head_row, column,
         inside, 1,
     )  # fmt: skip
+    if policy is not None:  # which acted on this state at the next step  # noqa: SIM102
+        if t + 1 < T:
+            width: tl.constexpr = s.D + s.stoch * (s.classes if s.classes > 0 else 1)
+            acc = _product_of_all_gradient(
+                acc, g, s, policy.layers[0], g.policy_rows[0], row + B, B, sequence, exists, policy.weights[0], width,
+                column, inside, 1,
+            )  # fmt: skip
     before = _load(g.before, row, s.D, column, both)
     if s.cell == GRU:
         r = _sigmoid(_kept_gate(g, s, 0, row, exists, column, inside))
@@ -990,23 +1046,31 @@ def _from_gates(acc, w, l, g, s, weight, k_stride, row, B, sequence, exists, col
 
 @triton.jit
 def inputs_back(w, l, g, s, t, tile, B, i):
-    """Into the layers of z and h."""
+    """Into the layers of z, h and the action."""
     i = tl.cast(i, tl.int32)
     sequence, exists, row = _rows_of(t, tile, B, s)
     tiles: tl.constexpr = (s.U + s.COLUMNS - 1) // s.COLUMNS
     column, inside, count, _ = _tile(i % tiles, s.U, 1, s.COLUMNS)
     acc = tl.zeros((s.ROWS, s.COLUMNS), tl.float32)
     if s.cell == BLOCK_GRU:
-        weight = w.mix_inputs + (1 - i // tiles) * s.U  # its columns are those of h, then of z
+        part = i // tiles
+        weight = w.mix_inputs + (1 - part + part // 2 * 3) * s.U  # its columns are those of h, z and the action
         acc = _from_gates(acc, w, l, g, s, weight, 3 * s.U, row, B, sequence, exists, column, inside)
-        if i < tiles:
+        if part == 0:
             _enter_backward(
-                g, s, l.stoch, i, acc, g.in_rows, 2 * s.U, 0, row, B, sequence, exists, column, inside, count
+                g, s, l.stoch, i, acc, g.in_rows, s.in_row, 0, row, B, sequence, exists, column, inside, count
             )
+        elif part == 1:
+            _enter_backward(
+                g, s, l.deter, i - tiles, acc, g.in_rows, s.in_row, s.U, row, B, sequence, exists, column, inside,
+                count,
+            )  # fmt: skip
         else:
-            _enter_backward(
-                g, s, l.deter, i - tiles, acc, g.in_rows, 2 * s.U, s.U, row, B, sequence, exists, column, inside, count
-            )
+            if s.A > 0:
+                _enter_backward(
+                    g, s, l.action, i - 2 * tiles, acc, g.in_rows, s.in_row, 2 * s.U, row, B, sequence, exists, column,
+                    inside, count,
+                )  # fmt: skip
     else:
         k_stride: tl.constexpr = s.U + s.D if s.cell == LAYER_NORM_GRU else s.U
         acc = _from_gates(acc, w, l, g, s, w.gates, k_stride, row, B, sequence, exists, column, inside)
@@ -1044,7 +1108,7 @@ def deter_back(w, l, g, s, t, tile, B, i):
     acc = _load(g.carry, sequence, s.D, column, exists[:, None] & inside[None, :])
     tiles: tl.constexpr = (s.U + s.COLUMNS - 1) // s.COLUMNS
     acc = _product_of_gradient(
-        acc, g, s, l.deter, tiles, g.in_rows, 2 * s.U, s.U, 0, s.U, row, B, sequence, exists, w.in_deter, s.D, column,
+        acc, g, s, l.deter, tiles, g.in_rows, s.in_row, s.U, 0, s.U, row, B, sequence, exists, w.in_deter, s.D, column,
         inside, 1,
     )  # fmt: skip
     _put_carry(g, s, acc, row, sequence, exists, column, inside, True)
@@ -1054,9 +1118,53 @@ def deter_back(w, l, g, s, t, tile, B, i):
 def _put_carry(g, s, value, row, sequence, exists, column, inside, LAST: tl.constexpr):
     """The last that adds to the carry stops it where it came from a reset."""
     both = exists[:, None] & inside[None, :]
-    if LAST:
+    if LAST and g.is_first is not None:
         resets = _resets(g.is_first, row, exists)[:, None]
         initial = _load(g.initial, sequence, s.D, column, both)
         _store(g.initial, sequence, s.D, column, both, initial + tl.where(resets, value, 0.0))
         value = tl.where(resets, 0.0, value)
     _store(g.carry, sequence, s.D, column, both, value)
+
+
+@triton.jit
+def draw_back(p, layer, w, l, g, s, t, tile, B):
+    """Through the action to the policy's statistics, which are computed again."""
+    sequence, exists, row = _rows_of(t, tile, B, s)
+    column = _hidden(0) + tl.arange(0, p.LANES)
+    inside = column < s.A
+    both = exists[:, None] & inside[None, :]
+    tiles: tl.constexpr = (s.U + s.COLUMNS - 1) // s.COLUMNS
+    acc = tl.zeros((s.ROWS, p.LANES), tl.float32)
+    if s.cell == BLOCK_GRU:
+        acc = _product_of_gradient(
+            acc, g, s, l.action, tiles, g.in_rows, s.in_row, 2 * s.U, 0, s.U, row, B, sequence, exists, w.in_action,
+            s.A, column, inside, 1,
+        )  # fmt: skip
+        acc /= tl.maximum(tl.abs(_load(p.action, row, s.A, column, both)), 1.0)
+    else:
+        acc = _product_of_gradient(
+            acc, g, s, l.stoch, tiles, g.in_rows, s.in_row, 0, 0, s.U, row, B, sequence, exists, w.in_action, s.A,
+            column, inside, 1,
+        )  # fmt: skip
+    if g.action is not None:
+        acc += _load(g.action, row, s.A, column, both)
+    mean, inverse = _kept_moments(g, s, layer, row, exists)
+    first = _action_statistics(p, g, s, layer, 0, mean, inverse, row, exists, column, inside)
+    if p.dist == CATEGORICAL:
+        share = _shares(first, inside)
+        acc = share * (acc - tl.sum(acc * share, 1)[:, None]) * (1 - p.unimix)
+        _store(g.action_rows, row, s.A, column, both, acc)
+    else:
+        raw = _action_statistics(p, g, s, layer, s.A, mean, inverse, row, exists, column, inside)
+        noise = _load(p.noise, row, s.A, column, both)
+        if p.dist == BOUNDED_NORMAL:
+            center, slope = _tanh(first), _sigmoid(raw + 2)
+            of_center = acc * (1 - center * center)
+            of_raw = acc * noise * (p.max_std - p.min_std) * slope * (1 - slope)
+        else:
+            center, std, slope = _wide_normal(first, raw)
+            action = _tanh(5 * center + std * noise)
+            acc *= 1 - action * action
+            of_center, of_raw = acc * (1 - center * center), acc * noise * slope
+        _store(g.action_rows, row, 2 * s.A, column, both, of_center)
+        _store(g.action_rows, row, 2 * s.A, column + s.A, both, of_raw)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -78,10 +79,11 @@ def alike(tensors: dict[str, Tensor | None], half: bool = False) -> list[Tensor 
     """The tensors, which share dtype and device; of a bool only the device is looked at.
 
     Inside autocast they are brought to one dtype. `half` is for scans that half precision does no harm: then that is
-    the region's on CUDA, as for the products that torch casts, and float32 `noise` may go with half precision.
+    the region's on CUDA, as for the products that torch casts, and float32 noise may go with half precision.
     """
-    first_name, first = next(iter(tensors.items()))
-    device, precise = first.device.type, ("noise",) if half else ()
+    precise = ("noise", "action_noise") if half else ()
+    first_name, first = next((name, x) for name, x in tensors.items() if name not in precise)
+    device = first.device.type
     mixed = {}
     for name, x in tensors.items():
         if x is None:
@@ -106,6 +108,23 @@ def alike(tensors: dict[str, Tensor | None], half: bool = False) -> list[Tensor 
         got = ", ".join(f"{name} {dtype}" for name, dtype in mixed.items())
         raise TypeError(f"expected all tensors in the dtype of {first_name}, {first.dtype}, got {got}")
     return list(tensors.values())
+
+
+def in_float32(scan: Callable[..., tuple[Tensor, ...]], args: tuple) -> tuple[Tensor, ...]:
+    """`scan(*args)` outside autocast; half precision is computed in float32 and rounded once. `args` may have lists."""
+    flat = [x for arg in args for x in (arg if isinstance(arg, list) else [arg]) if isinstance(x, Tensor)]
+    device, dtype = flat[0].device.type, next((x.dtype for x in flat if x.dtype in HALF), None)
+
+    def precise(x):
+        if isinstance(x, list):
+            return [precise(y) for y in x]
+        return x.float() if isinstance(x, Tensor) and x.dtype in HALF else x
+
+    plain = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+    with plain:
+        if dtype is None:
+            return scan(*args)
+        return tuple(x.to(dtype) for x in scan(*map(precise, args)))
 
 
 def named_weights(owner: str, weights: tuple) -> dict[str, Tensor | None]:

@@ -23,6 +23,7 @@ from phyxdream.ops.rssm_cells import (
     LayerWeights,
     Options,
 )
+from phyxdream.ops.rssm_gradients import CellGradients
 
 LANES = 16  # sequences that C++ treats as one group
 _UNIT = 4  # groups of a block, where threads take blocks of their own
@@ -225,7 +226,24 @@ def call(function: str, arguments: dict) -> None:
     getattr(backend.extension, function)(given)
 
 
-class CellBackward:
+def products(grad: Tensor, *inputs: Tensor) -> Tensor:
+    """The gradient (N, sum of sizes) of a map of rows (T·B, size) side by side; `grad` (T·B, N) is of its result."""
+    result = grad.new_empty(grad.shape[1], sum(x.shape[1] for x in inputs))
+    for x, out in zip(inputs, result.split([x.shape[1] for x in inputs], 1), strict=True):
+        product(grad.t(), x.t(), out=out)
+    return result
+
+
+def block_product(x: Tensor, grad: Tensor, blocks: int) -> Tensor:
+    """The gradient (G, I, O) of a block-diagonal map of x (N, G·I) with gradient (N, G·O) of its result."""
+    inputs, outputs = x.shape[1] // blocks, grad.shape[1] // blocks
+    result = x.new_empty(blocks, inputs, outputs)
+    for rows, of, out in zip(x.split(inputs, 1), grad.split(outputs, 1), result, strict=True):
+        product(rows.t(), of.t(), out=out)
+    return result
+
+
+class CellBackward(CellGradients):
     """Rows (T·B) that the backward of a cell writes, and the gradients of its weights from them.
 
     Args:
@@ -234,6 +252,8 @@ class CellBackward:
         inputs: whether the gradients of the layers that the inputs enter are wanted for other reasons.
         like: a tensor (T, B, D).
     """
+
+    product, block_product, summed = staticmethod(products), staticmethod(block_product), staticmethod(summed)
 
     def __init__(self, cell: CellWeights, wanted: set[str], inputs: bool, like: Tensor):
         T, B, D = like.shape
@@ -271,43 +291,20 @@ class CellBackward:
         }
 
     @property
+    def deter_grad(self) -> Tensor:
+        return self.in_grad[:, : self.U]
+
+    @property
     def stoch_grad(self) -> Tensor:
-        """(T·B, U): of the layer that z entered."""
         return self.in_grad[:, self.U : 2 * self.U] if self.block else self.in_grad
 
     @property
     def action_grad(self) -> Tensor:
-        """(T·B, U): of the layer that the action entered."""
         return self.in_grad[:, 2 * self.U :] if self.block else self.in_grad
 
     def gradients(self, before: Tensor, action: Tensor) -> dict[str, Tensor]:
-        """Of all wanted weights but `in_stoch`, from rows (T·B, D) of the states before and (T·B, A) of the actions as
-        their layer read them."""
-        cell, D, U = self.cell, before.shape[1], self.U
-        size = D // cell.mix_deter.shape[0] if self.block else D
-        makers = {"in_action": lambda: product(self.action_grad.t(), action.t())}
-        if self.block:
-            deter_grad = lambda: self.in_grad[:, :U]  # noqa: E731
-            makers |= {
-                "in_deter": lambda: product(deter_grad().t(), before.t()),
-                "in_deter_bias": lambda: summed(deter_grad()),
-                "in_stoch_bias": lambda: summed(self.stoch_grad),
-                "in_action_bias": lambda: summed(self.action_grad),
-                "mix_deter": lambda: _block_product(before, self.mix_grad, size, size),
-                "mix_inputs": lambda: product(self.mix_grad.t(), self.in_out.t()),
-                "mix_bias": lambda: summed(self.mix_grad),
-                "gates": lambda: _block_product(self.mix_out, self.gate_grad, size, 3 * size),
-                "gates_bias": lambda: summed(self.gate_grad),
-            }
-        else:
-            makers |= {
-                "in_bias": lambda: summed(self.in_grad),
-                "input_gates": lambda: product(self.gate_grad.t(), self.in_out.t()),
-                "hidden_gates": lambda: product(self.hidden_gate_grad.t(), before.t()),
-                "input_bias": lambda: summed(self.gate_grad),
-                "hidden_bias": lambda: summed(self.hidden_gate_grad),
-                "gates": lambda: products(self.gate_grad, self.in_out, before),
-            }
+        """Of all wanted weights but `in_stoch`; the arguments are those of `makers`."""
+        makers = self.makers(before, action)
         return {**self.affine, **{name: make() for name, make in makers.items() if name in self.wanted}}
 
 
@@ -369,20 +366,3 @@ def affine(weights: dict[str, Tensor | None]) -> dict[str, Tensor]:
     """Room for the gradients of gains and shifts among these; a norm's two are summed together."""
     found = {name: x for name, x in weights.items() if x is not None and name.endswith(("gain", "shift"))}
     return {name: torch.empty_like(x, memory_format=torch.contiguous_format) for name, x in found.items()}
-
-
-def products(grad: Tensor, *inputs: Tensor) -> Tensor:
-    """The gradient (N, sum of sizes) of a map of rows (T·B, size) side by side; `grad` (T·B, N) is of its result."""
-    result = grad.new_empty(grad.shape[1], sum(x.shape[1] for x in inputs))
-    for x, out in zip(inputs, result.split([x.shape[1] for x in inputs], 1), strict=True):
-        product(grad.t(), x.t(), out=out)
-    return result
-
-
-def _block_product(x, grad, inputs, outputs):
-    """The gradient (G, I, O) of a block-diagonal map of x (N, G·I) with gradient (N, G·O) of its result."""
-    blocks = x.shape[1] // inputs
-    result = x.new_empty(blocks, inputs, outputs)
-    for rows, of, out in zip(x.split(inputs, 1), grad.split(outputs, 1), result, strict=True):
-        product(rows.t(), of.t(), out=out)
-    return result

@@ -5,18 +5,18 @@
     z_t ~ p(statistics_t), drawn by the given noise
 
 The equations of the cells and policies are in phyxdream/ops/rssm_cells.py. C++ in csrc/rssm_scan.cpp, called by
-phyxdream/ops/rssm_imagine_cpu.py; Triton, without gradient, in kernels/rssm_imagine.py, called by
-phyxdream/ops/rssm_imagine_triton.py.
+phyxdream/ops/rssm_imagine_cpu.py; Triton in kernels/rssm_scan.py, called by phyxdream/ops/rssm_imagine_triton.py.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from phyxdream.ops import rssm_cells, rssm_cpu, rssm_imagine_cpu, rssm_imagine_triton
+from phyxdream.ops import rssm_cells, rssm_cpu, rssm_imagine_cpu, rssm_imagine_triton, rssm_triton
 from phyxdream.ops.backend import Backend, Op
 from phyxdream.ops.rssm_cells import CELLS, POLICIES, CellWeights, HeadWeights, LayerWeights, Options, Sizes
 from phyxdream.ops.rssm_contract import (
@@ -28,6 +28,7 @@ from phyxdream.ops.rssm_contract import (
     check_numbers,
     check_shape,
     check_tensors,
+    in_float32,
     named_weights,
 )
 from phyxdream.ops.rssm_imagine_cpu import PolicyOptions
@@ -54,10 +55,11 @@ def rssm_imagine(
     mean + std · noise with std = softplus(raw) + min_std.
 
     Args:
-        action: (H, B, A) float32 or float64, any strides; `action[t]` leads to state t of the result.
+        action: (H, B, A) float32, float64, bfloat16 or float16, any strides; `action[t]` leads to state t of the
+            result. All tensors share its dtype.
         deter: (B, D) state before the first step.
         stoch: (B, S, C) or (B, S).
-        noise: (H, B, S, C) uniform in [0, 1), or (H, B, S) standard normal.
+        noise: (H, B, S, C) uniform in [0, 1), or (H, B, S) standard normal; float32 also goes with half precision.
         cell: `GRUWeights`, `LayerNormGRUWeights` or `BlockGRUWeights`; which one says which cell it is.
         prior: `HeadWeights` from h to the statistics of z.
         act: activation of all layers, `silu`, `elu`, `relu`, `gelu` or `tanh`; None is the cell's own: `elu` for a
@@ -70,8 +72,11 @@ def rssm_imagine(
         deter (H, B, D), stoch (H, B, S, C) and logits (H, B, S, C) before unimix; or deter, stoch (H, B, S), mean and
         std (H, B, S). The state before the first step is not among them.
 
+    Half precision is computed in float32, state included, and rounded once; but Triton's products have half-precision
+    factors. Inside autocast, all tensors become float32, and on CUDA of the region's dtype.
+
     Raises:
-        TypeError: an argument is of another type, or the dtypes differ (inside autocast, all become float32).
+        TypeError: an argument is of another type, or the dtypes differ.
         ValueError: a shape does not fit, the devices differ, a tensor is empty, or an option is out of range.
 
     Source: Hafner et al., "Dream to Control", 2020; as `rssm_observe` for the cells and latents.
@@ -118,7 +123,7 @@ def rssm_imagine_policy(
     but the two kinds of noise: through the dynamics, the actions and the samples.
 
     Args:
-        action_noise: (H, B, A), uniform in [0, 1) for a categorical policy, else standard normal.
+        action_noise: (H, B, A), uniform in [0, 1) for a categorical policy, else standard normal; dtypes as `noise`.
         policy: `HeadWeights` from [h, z], (D + S·C) or (D + S), to the statistics of the action: A logits, or A means
             and A raw deviations.
         dist: `categorical` (one-hot actions, straight-through gradient), `bounded_normal` or `tanh_normal`; see
@@ -225,7 +230,7 @@ def _prepare(
         for i, layer in enumerate(head.layers):
             named |= named_weights(f"{owner}.layers[{i}]", layer)
         named |= {f"{owner}.out_weight": head.out_weight, f"{owner}.out_bias": head.out_bias}
-    flat = alike(named)
+    flat = alike(named, half=True)
     act = rssm_cells.DEFAULT_ACT[name] if act is None else act
     policy_act = act if policy_act is None else policy_act
     check_act("act", act)
@@ -260,7 +265,11 @@ def _split(args) -> tuple[CellWeights, HeadWeights, HeadWeights | None, Options,
     return cell, *heads, Options(act, *numbers[:4]), PolicyOptions(dist, policy_act, *numbers[4:])
 
 
-def _reference(action, deter, stoch, noise, *rest):
+def _reference(*args):
+    return in_float32(_scan, args)
+
+
+def _scan(action, deter, stoch, noise, *rest):
     cell, prior, policy, options, policy_options = _split(rest)
     H, latent = noise.shape[0], noise.shape[2:]
     categorical = len(latent) == 2
@@ -301,26 +310,37 @@ def _draw_action(statistics, noise, options):
     return torch.tanh(action) if options.dist == "tanh_normal" else action
 
 
-def _fake(action, deter, stoch, noise, *rest):
+def _fake(*args):
+    action, deter, _, noise, *rest = args
+    keep_tape = rest[-1]
+    if not keep_tape:
+        return _outputs(0, *args)
+    if deter.is_cuda:
+        return _outputs(_model(*args).tape_size, *args)
     cell, prior, policy, _, policy_options = _split(rest)
     H, B, *latent = noise.shape
     A, D = action.shape[2], deter.shape[1]
-    keep_tape = rest[-1]
-    size = rssm_imagine_cpu.tape_size(cell, prior, policy, policy_options, H, B, A, D, latent) if keep_tape else 0
+    return _outputs(rssm_imagine_cpu.tape_size(cell, prior, policy, policy_options, H, B, A, D, latent), *args)
+
+
+def _outputs(tape_size, action, deter, stoch, noise, *rest):
+    _, prior, policy, *_ = _split(rest)
+    H, B, *latent = noise.shape
+    A, D = action.shape[2], deter.shape[1]
     return (
         deter.new_empty(H, B, D),
         deter.new_empty(H, B, *latent),
         deter.new_empty(H, B, prior.out_weight.shape[0]),
         deter.new_empty(0 if policy is None else (H, B, A)),
-        deter.new_empty(size),
+        deter.new_empty(tape_size, dtype=torch.float32),
         deter.new_empty((H, B, latent[0]) if len(latent) == 2 else 0, dtype=torch.int32),
     )
 
 
 def _fake_backward(*args):
-    wanted, tape, inputs = args[_RESULTS], args[_RESULTS + 1], args[_RESULTS + 1 + len(_OUTPUTS) :]
+    wanted, inputs = args[_RESULTS], args[_RESULTS + 1 + len(_OUTPUTS) :]
     flat = [*inputs[:_TENSORS], *inputs[_TENSORS]]
-    return [tape.new_empty(x.shape if wants else 0) for x, wants in zip(flat, wanted, strict=True)]
+    return [x.new_empty(x.shape if wants else 0) for x, wants in zip(flat, wanted, strict=True)]
 
 
 def _save(ctx, inputs, output):
@@ -348,19 +368,22 @@ def _cpu_forward(*args):
     return rssm_imagine_cpu.forward(_fake(*args), args[:_TENSORS], *_split(args[_TENSORS:]))
 
 
-def _cpu_backward(*args):
+def _backward_of(implementation, *args):
     grads, wanted, outputs = args[:_RESULTS], args[_RESULTS], args[_RESULTS + 1 : _RESULTS + 1 + len(_OUTPUTS)]
     inputs = args[_RESULTS + 1 + len(_OUTPUTS) :]
     tensors, rest = inputs[:_TENSORS], inputs[_TENSORS:]
     wanted_weights = _split([wanted[_TENSORS:], *rest[1:]])[:3]
-    found = rssm_imagine_cpu.backward(grads, outputs, tensors, *_split(rest), wanted[:_TENSORS], wanted_weights)
+    found = implementation.backward(grads, outputs, tensors, *_split(rest), wanted[:_TENSORS], wanted_weights)
     given = [True] * _TENSORS + [x == "1" for x in rest[1]]
     empty = outputs[0].new_empty(0)
     return [empty if x is None else x for x, present in zip(found, given, strict=True) if present]
 
 
+_cpu_backward, _triton_backward = (partial(_backward_of, x) for x in (rssm_imagine_cpu, rssm_imagine_triton))
+
+
 def _cpu_refuse(*args):
-    return rssm_cpu.refuse(args[0], *args[_TENSORS + 6 : _TENSORS + 8])
+    return rssm_cpu.refuse(args[1], *args[_TENSORS + 6 : _TENSORS + 8])
 
 
 def _cpu_slower(*args):
@@ -372,17 +395,22 @@ def _cpu_plan(*args):
 
 
 def _triton_forward(*args):
-    return rssm_imagine_triton.forward(_fake(*args), args[:_TENSORS], *_split(args[_TENSORS:]))
+    keep_tape = args[-1]
+    outputs = _outputs(_model(*args).tape_size if keep_tape else 0, *args)
+    return rssm_imagine_triton.forward(outputs, args[:_TENSORS], *_split(args[_TENSORS:]), keep_tape)
 
 
 def _triton_refuse(*args):
     *_, options, policy_options = _split(args[_TENSORS:])
-    acts = [options.act, *([policy_options.act] if policy_options else [])]
-    return rssm_imagine_triton.refuse(args[0], args[3], acts, policy_options, keep_tape=args[-1])
+    return rssm_imagine_triton.refuse(args[:_TENSORS], options, policy_options)
 
 
 def _triton_plan(*args):
-    return rssm_imagine_triton.plan(args[0], rssm_imagine_triton.model_of(args[:_TENSORS], *_split(args[_TENSORS:])))
+    return rssm_triton.plan(_model(*args), args[1])
+
+
+def _model(*args):
+    return rssm_imagine_triton.model_of(args[:_TENSORS], *_split(args[_TENSORS:]), args[-1])
 
 
 def _make(name):
@@ -398,7 +426,7 @@ def _make(name):
         backward=_backward,
         backends=(
             Backend("cpu", _cpu_forward, _cpu_backward, _cpu_refuse, _cpu_plan, _cpu_slower),
-            Backend("triton", _triton_forward, None, _triton_refuse, _triton_plan),
+            Backend("triton", _triton_forward, _triton_backward, _triton_refuse, _triton_plan),
         ),
     )
 

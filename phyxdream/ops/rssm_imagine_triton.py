@@ -1,34 +1,20 @@
-"""What surrounds the Triton kernels of `rssm_imagine` and `rssm_imagine_policy`: how a call becomes their arguments.
-
-They have no backward: a call that wants gradients is the reference's.
-"""
+"""What surrounds the Triton kernels of `rssm_imagine` and `rssm_imagine_policy`: how a call becomes their arguments."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from phyxdream.ops import backend, rssm_cells, rssm_observe_triton
-from phyxdream.ops.contract import HALF
-from phyxdream.ops.rssm_cells import CellWeights, HeadWeights, Options, PosteriorWeights
+from phyxdream.ops import backend, rssm_cells, rssm_triton
+from phyxdream.ops.rssm_cells import CellWeights, HeadWeights, Options
 from phyxdream.ops.rssm_imagine_cpu import PolicyOptions
-from phyxdream.ops.rssm_observe_triton import Model
+from phyxdream.ops.rssm_triton import Model
 
 _MOST_ACTIONS = 256  # all of them must fit into the registers of one program
-
-
-@dataclass(frozen=True)
-class Imagined(Model):
-    """`layers` also has those of prior and policy, by owner and number; the prior's last one is `head`."""
-
-    policy: PolicyOptions | None = None
-
-    def act(self, layer: str) -> str:
-        return self.policy.act if layer.startswith("policy") else self.options.act
 
 
 def model_of(
@@ -38,37 +24,20 @@ def model_of(
     policy: HeadWeights | None,
     options: Options,
     policy_options: PolicyOptions | None,
-) -> Imagined:
-    action, deter, _, noise = tensors
-    H, B, *latent = noise.shape
-    block = isinstance(cell, rssm_cells.BlockGRUWeights)
-    last = PosteriorWeights(*prior.layers[-1], prior.out_weight, prior.out_bias)
-    found = rssm_observe_triton.model_of(cell, last, options, H, B, 0, deter.shape[1], latent)
-    layers, row = dict(found.layers), found.gates
-    added = {"action": (found.U, cell.in_action_gain)} if block else {}
-    for owner, heads in (("prior", prior.layers[:-1]), ("policy", policy.layers if policy else ())):
-        added |= {f"{owner}{i}": (layer.weight.shape[0], layer.gain) for i, layer in enumerate(heads)}
-    for name, (size, gain) in added.items():
-        layers[name] = row, size
-        row += size + (0 if gain is None else 2)
-    given = {field.name: getattr(found, field.name) for field in fields(found)}
-    changed = dict(layers=layers, tape_row=row, A=action.shape[2], taped=False)
-    return Imagined(**given | changed, policy=policy_options)
+    taped: bool,
+) -> Model:
+    _, deter, _, noise = tensors
+    return rssm_triton.model_of(noise, deter.shape[1], cell, prior, options, policy, policy_options, taped)
 
 
-def refuse(action: Tensor, noise: Tensor, acts: list[str], policy: PolicyOptions | None, keep_tape: bool) -> str:
+def refuse(tensors: tuple[Tensor, ...], options: Options, policy_options: PolicyOptions | None) -> str:
     """Why Triton cannot take a call; an empty string if it can."""
-    if keep_tape:
-        return "it has no backward"
-    if policy is not None and action.shape[2] > _MOST_ACTIONS:
+    action, deter, _, noise = tensors
+    if policy_options is None:
+        return rssm_triton.refuse(deter, noise, options.act)
+    if action.shape[2] > _MOST_ACTIONS:
         return f"it takes at most {_MOST_ACTIONS} actions; action_noise is {tuple(action.shape)}"
-    return next(filter(None, (rssm_observe_triton.refuse(action, noise, act) for act in acts)), "")
-
-
-def plan(action: Tensor, model: Imagined) -> str:
-    """What a call would launch, in a few words."""
-    kernels = backend.triton_kernels("rssm_imagine")
-    return str(kernels.plan(model, action.dtype in HALF, kernels.processors(action.device)))
+    return rssm_triton.refuse(deter, noise, options.act, policy_options.act)
 
 
 def forward(
@@ -79,47 +48,35 @@ def forward(
     policy: HeadWeights | None,
     options: Options,
     policy_options: PolicyOptions | None,
+    taped: bool,
 ) -> tuple[Tensor, ...]:
-    """Fills the outputs of the schema, but the tape, from its four tensors."""
+    """Fills the outputs of the schema, the tape if there is one, from its four tensors."""
     with torch.autocast(tensors[0].device.type, enabled=False):
-        _forward(outputs, tensors, cell, prior, policy, options, policy_options)
+        _forward(outputs, tensors, cell, prior, policy, options, policy_options, taped)
     return outputs
 
 
-def _forward(outputs, tensors, cell, prior, policy, options, policy_options):
+def _forward(outputs, tensors, cell, prior, policy, options, policy_options, taped):
     action, deter, stoch, noise = tensors
-    deter_out, stoch_out, statistics, action_out, _, index = outputs
-    model = model_of(tensors, cell, prior, policy, options, policy_options)
-    kernels = backend.triton_kernels("rssm_imagine")
+    deter_out, stoch_out, statistics, action_out, tape, index = outputs
+    model = model_of(tensors, cell, prior, policy, options, policy_options, taped)
+    kernels = backend.triton_kernels("rssm_scan")
     B, D, categorical = model.B, model.D, model.classes > 0
     stoch = stoch.flatten(1)
-    weights: dict[str, Any] = rssm_observe_triton.cell_weights(model, cell)
-    for owner, head in (("prior", prior), ("policy", policy)):
-        for i, layer in enumerate(head.layers if head else ()):
-            name = "head" if head is prior and i == len(head.layers) - 1 else f"{owner}{i}"
-            weights |= {f"{name}_{part}": getattr(layer, part) for part in ("bias", "gain", "shift")}
-    weights |= {"head": None, "out": prior.out_weight, "out_bias": prior.out_bias}
-    weights = {name: None if x is None else x.contiguous() for name, x in weights.items()}
-    clips, acting = model.cell == "block_gru", None
-    if policy is None:  # `taken` are the actions as their layer reads them
-        taken = rssm_cells.clipped(cell, action).contiguous()
+    from_action = taken = acting = None
+    if policy is None:
+        rows = rssm_cells.clipped(cell, action).flatten(0, 1)
+        from_action = rssm_triton.from_action(model, cell, rows, deter.dtype)
     else:
-        taken = torch.empty_like(action_out) if clips else action_out
-        one_hot = policy_options.dist == "categorical"
-        first = policy.layers[0].weight
-        acting = _head(
-            kernels, policy,
-            stoch=first[:, D:].t().contiguous() if categorical else None,
-            stoch_first=F.linear(stoch, first[:, D:]).float() if categorical else None,
-            noise=(rssm_cells.arrival_times(action.float()) if one_hot else action).contiguous(),
-            action=action_out,
-            **kernels.policy_constants(policy_options, model.A),
-        )  # fmt: skip
+        # The actions as their layer reads them.
+        taken = torch.empty_like(action_out) if model.cell == "block_gru" else action_out
+        first = F.linear(stoch, policy.layers[0].weight[:, D:]).float() if categorical else None
+        acting = _acting(model, policy, action, action_out, first)
     previous = deter.new_empty(2, B, D, dtype=torch.float32)
     previous[0] = deter
     stoch_first = F.linear(stoch, cell.in_stoch) if categorical else stoch
     memory = kernels.Memory(
-        from_action=None,
+        from_action=from_action,
         action=taken,
         embeds=None,
         is_first=None,
@@ -133,14 +90,88 @@ def _forward(outputs, tensors, cell, prior, policy, options, policy_options):
         deter=deter_out,
         stoch=stoch_out,
         statistics=statistics,
-        tape=deter.new_empty(B * model.tape_row, dtype=torch.float32),
+        tape=tape if taped else deter.new_empty(model.tape_size, dtype=torch.float32),
         index=index,
     )
-    kernels.run(model, weights, _head(kernels, prior), acting, memory)
+    weights = rssm_triton.weights_of(model, cell, prior, policy)
+    kernels.run(model, weights, rssm_triton.kernel_head(prior), acting, memory)
 
 
-def _head(kernels, head, **policy):
-    matrices = tuple(layer.weight.contiguous() for layer in head.layers)
-    if policy:
-        policy |= {"out": head.out_weight.contiguous(), "out_bias": head.out_bias.contiguous()}
-    return kernels.Head(layers=(), weights=matrices, **policy)
+def _acting(model: Model, policy: HeadWeights, noise: Tensor, action: Tensor, stoch_first: Tensor | None) -> Any:
+    """The policy as the kernels take it."""
+    first, options = policy.layers[0].weight, model.policy_options
+    return rssm_triton.kernel_head(
+        policy,
+        stoch=first[:, model.D :].t().contiguous() if model.classes else None,
+        stoch_first=stoch_first,
+        noise=(rssm_cells.arrival_times(noise.float()) if options.dist == "categorical" else noise).contiguous(),
+        action=action,
+        **backend.triton_kernels("rssm_scan").policy_constants(options, model.A),
+    )
+
+
+def backward(
+    grads: tuple[Tensor | None, ...],
+    outputs: tuple[Tensor, ...],
+    tensors: tuple[Tensor, ...],
+    cell: CellWeights,
+    prior: HeadWeights,
+    policy: HeadWeights | None,
+    options: Options,
+    policy_options: PolicyOptions | None,
+    wanted: Sequence[bool],
+    wanted_weights: tuple[CellWeights, HeadWeights, HeadWeights | None],
+) -> list[Tensor | None]:
+    """Gradients of (action, deter, stoch, noise) and of the weights of cell, prior and policy; None where none is
+    wanted. `wanted` and `wanted_weights` have True or False in place of the tensors."""
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        return _backward(grads, outputs, tensors, cell, prior, policy, options, policy_options, wanted, wanted_weights)
+
+
+def _backward(grads, outputs, tensors, cell, prior, policy, options, policy_options, wanted, wanted_weights):
+    action, deter, stoch, noise = tensors
+    deter_out, stoch_out, statistics, action_out, tape, _ = outputs
+    model = model_of(tensors, cell, prior, policy, options, policy_options, taped=True)
+    B, D, dtype = model.B, model.D, deter.dtype
+    weights = rssm_triton.weights_of(model, cell, prior, policy)
+    before = torch.cat([deter.unsqueeze(0), deter_out[:-1]]).flatten(0, 1)
+    memory = rssm_triton.gradients_of(
+        model,
+        grads,
+        tape,
+        is_first=None,
+        noise=None if model.classes else noise.contiguous(),
+        before=before,
+        given=statistics,
+        initial=None,
+    )
+    acting = None if policy is None else _acting(model, policy, action, action_out, None)
+    backend.triton_kernels("rssm_scan").run(model, weights, rssm_triton.kernel_head(prior), acting, memory)
+
+    wanted_cell, wanted_prior, wanted_policy = wanted_weights
+    taken = rssm_cells.clipped(cell, action if policy is None else action_out).flatten(0, 1)
+    stoch_before = lambda: torch.cat([stoch.unsqueeze(0), stoch_out[:-1]]).flatten(0, 1).flatten(1)  # noqa: E731
+    back = rssm_triton.Backward(model, cell, weights, memory, before, stoch_before, taken)
+    cell_grads = back.of_cell({name for name, wants in wanted_cell._asdict().items() if wants})
+    heads = [back.of_head(model.prior, prior, wanted_prior, memory.statistics_rows, lambda: deter_out.flatten(0, 1))]
+    if policy is not None:
+        inputs = (lambda: before, lambda: back.stoch_before)
+        heads.append(back.of_head(model.policy, policy, wanted_policy, memory.action_rows, *inputs))
+
+    grad_action = grad_deter = grad_stoch = None
+    if wanted[0]:
+        grad_action = (back.action_grad.to(dtype) @ cell.in_action).view(action.shape)
+        if model.cell == "block_gru":
+            grad_action = grad_action / action.abs().clamp(min=1)
+    if wanted[1]:
+        grad_deter = memory.carry.to(dtype)
+    if wanted[2]:
+        grad_stoch = back.stoch_grad[:B].to(dtype) @ cell.in_stoch
+    if policy is not None and (wanted[1] or wanted[2]):  # it acted on the state before the first step
+        acted = back.left["policy0"].grad[:B].to(dtype) @ policy.layers[0].weight
+        of_deter, of_stoch = acted.split([D, stoch[0].numel()], 1)
+        grad_deter = None if grad_deter is None else grad_deter + of_deter
+        grad_stoch = None if grad_stoch is None else grad_stoch + of_stoch
+    grad_stoch = None if grad_stoch is None else grad_stoch.view(stoch.shape)
+    flat = [grad_action, grad_deter, grad_stoch, None, *cell_grads]
+    return flat + [x for head in heads for x in (*sum(head.layers, ()), *head[1:])]

@@ -5,12 +5,11 @@
     z_t ~ q(statistics_t), drawn by the given noise
 
 The equations of the cells are in phyxdream/ops/rssm_cells.py. C++ in csrc/rssm_scan.cpp, called by
-phyxdream/ops/rssm_observe_cpu.py; Triton in kernels/rssm_observe.py, called by phyxdream/ops/rssm_observe_triton.py.
+phyxdream/ops/rssm_observe_cpu.py; Triton in kernels/rssm_scan.py, called by phyxdream/ops/rssm_observe_triton.py.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 from functools import partial
 
@@ -18,9 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from phyxdream.ops import rssm_cells, rssm_cpu, rssm_observe_cpu, rssm_observe_triton
+from phyxdream.ops import rssm_cells, rssm_cpu, rssm_observe_cpu, rssm_observe_triton, rssm_triton
 from phyxdream.ops.backend import Backend, Op
-from phyxdream.ops.contract import HALF
 from phyxdream.ops.rssm_cells import CELLS, CellWeights, Options, PosteriorWeights, Sizes
 from phyxdream.ops.rssm_contract import (
     alike,
@@ -31,6 +29,7 @@ from phyxdream.ops.rssm_contract import (
     check_shape,
     check_tensors,
     check_weights,
+    in_float32,
     named_weights,
 )
 
@@ -191,14 +190,8 @@ def split_weights(args) -> tuple[CellWeights, PosteriorWeights, Options]:
     return cell, posterior, Options(act, unimix, min_std, rms_eps, layer_eps)
 
 
-def _reference(embed, *rest):
-    device, dtype = embed.device.type, embed.dtype
-    plain = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
-    with plain:
-        if dtype not in HALF:
-            return _scan(embed, *rest)
-        rest = [x.float() if isinstance(x, Tensor) and x.dtype is not torch.bool else x for x in rest]
-        return tuple(x.to(dtype) for x in _scan(embed.float(), *rest))
+def _reference(*args):
+    return in_float32(_scan, args)
 
 
 def _scan(embed, action, is_first, deter, stoch, noise, initial_deter, initial_stoch, *rest):
@@ -237,7 +230,7 @@ def _fake(*args):
     T, B, *latent = noise.shape
     statistics = posterior.out_weight.shape[0]
     if embed.is_cuda:
-        tape = embed.new_empty(T * B * _model(*args).tape_row, dtype=torch.float32)
+        tape = embed.new_empty(_model(*args).tape_size, dtype=torch.float32)
     else:
         tape = embed.new_empty(rssm_observe_cpu.tape_size(cell, posterior, T, B, deter.shape[1], latent))
     return (
@@ -281,7 +274,9 @@ def _cpu_forward(*args):
 def _backward_of(implementation, *args):
     grads, outputs, inputs = args[:3], args[3:8], args[8:]
     cell, posterior, options = split_weights(inputs[len(_TENSORS) :])
-    found = implementation.backward(grads, outputs, inputs[: len(_TENSORS)], cell, posterior, options)
+    wanted = ((True,) * 6, *(type(x)(*(y is not None for y in x)) for x in (cell, posterior)))
+    wanted = wanted if implementation is rssm_observe_triton else ()
+    found = implementation.backward(grads, outputs, inputs[: len(_TENSORS)], cell, posterior, options, *wanted)
     empty = outputs[0].new_empty(0)
     tensors, cell_grads, posterior_grads = found
     flat = [*tensors, *cell_grads, *posterior_grads]
@@ -305,20 +300,19 @@ def _cpu_plan(*args):
 
 
 def _triton_forward(*args):
-    return rssm_observe_triton.forward(args[: len(_TENSORS)], *split_weights(args[len(_TENSORS) :]))
+    return rssm_observe_triton.forward(args[: len(_TENSORS)], *split_weights(args[len(_TENSORS) :]), taped=True)
 
 
 def _triton_refuse(*args):
-    return rssm_observe_triton.refuse(args[0], args[5], args[len(_TENSORS) + _WEIGHTS + 1])
+    return rssm_triton.refuse(args[0], args[5], args[len(_TENSORS) + _WEIGHTS + 1])
 
 
 def _triton_plan(*args):
-    return rssm_observe_triton.plan(args[0], _model(*args))
+    return rssm_triton.plan(_model(*args), args[0])
 
 
 def _model(embed, action, is_first, deter, stoch, noise, initial_deter, initial_stoch, *rest):
-    T, B, *latent = noise.shape
-    return rssm_observe_triton.model_of(*split_weights(rest), T, B, embed.shape[2], deter.shape[1], latent)
+    return rssm_observe_triton.model_of(noise, deter.shape[1], *split_weights(rest), taped=True)
 
 
 _op = Op(

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 # Shared memory a block may use, by compute capability (CUDA C++ Programming Guide, table of technical specifications).
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+PROCESSORS = {80: 108, 90: 132, 100: 148}  # of an A100, H200 and B200
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ TRITON_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*
 
 
 @pytest.fixture
-def assert_launches_fit(compile_ahead):
-    """`assert_launches_fit(call, module, kernel)`: every launch of that kernel that a call makes, as on an H200.
+def assert_launches_fit(request, compile_ahead):
+    """`assert_launches_fit(call, module, kernel)`: every launch of that kernel that a call makes, as on such a GPU.
 
     The call runs on tensors without memory, and none of the module's kernels is launched.
     """
@@ -106,7 +107,8 @@ def assert_launches_fit(compile_ahead):
         with FakeTensorMode(), ExitStack() as patches:
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
                 patches.enter_context(mock.patch.object(module, name, Recorded(name)))
-            patches.enter_context(mock.patch.object(module, "processors", lambda device: 132))
+            processors = PROCESSORS[request.node.callspec.params["compile_ahead"]]
+            patches.enter_context(mock.patch.object(module, "processors", lambda device: processors))
             call()
         seen = set()
         for given, options in launches:

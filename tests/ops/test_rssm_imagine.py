@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.nn import functional as F
 
@@ -125,7 +126,7 @@ class Case:
         with ops.use_backend(backend):
             outputs = self.call(leaves, **options)
         g = torch.Generator().manual_seed(99)
-        grads = [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype) for x in outputs]
+        grads = [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x) for x in outputs]
         leaves = {k: x for k, x in leaves.items() if x.requires_grad}
         outputs, grads = zip(*((x, d) for x, d in zip(outputs, grads, strict=True) if x.requires_grad), strict=True)
         found = torch.autograd.grad(outputs, list(leaves.values()), grads)
@@ -377,33 +378,57 @@ def test_the_number_of_threads_changes_no_bit(B):
 # Triton.
 
 
+def launched_as(shape):
+    kernels = importlib.import_module("phyxdream.kernels.rssm_scan")
+    return mock.patch.object(kernels, "choose_shape", lambda *args: shape)
+
+
+def triton_run(case, shape, wanted=None, **options):
+    with launched_as(shape):
+        return case.run("triton", wanted, **options)
+
+
 def results(case, backend, shape=None, **options):
     """Without gradient, by name."""
-    kernels = importlib.import_module("phyxdream.kernels.rssm_observe")
-    chosen = kernels.choose_shape if shape is None else lambda *args: shape
-    with mock.patch.object(kernels, "choose_shape", chosen), ops.use_backend(backend), torch.no_grad():
+    with launched_as(shape), ops.use_backend(backend), torch.no_grad():
         return {f"result {i}": x for i, x in enumerate(case.call(**options))}
 
 
 def check_loops_in_the_interpreter():
-    for kind, latent, loop in KINDS:
+    """Each with one cell and one kind of latent."""
+    kinds = ("gru", "layernorm_gru", "block_gru", "gru")
+    for kind, loop, latent in zip(kinds, LOOPS, itertools.cycle(LATENTS), strict=False):
         case = Case(kind, LATENTS[latent], loop, H=2, dtype=torch.float32)
-        assert_same(results(case, "triton", "tile"), results(case, "reference"))
+        expected = case.run("reference")
+        assert_same(triton_run(case, "tile"), expected)
+        found = results(case, "triton", "tile")  # without a tape
+        assert_same(found, {name: expected[name] for name in found})
+
+
+def check_all_kinds_in_the_interpreter():
+    for kind, latent, loop in KINDS:
+        case = Case(kind, LATENTS[latent], loop, H=3, dtype=torch.float32)
+        expected = case.run("reference")
+        for shape in ("tile", "persistent", "split"):
+            assert_same(triton_run(case, shape), expected)
+            found = results(case, "triton", shape)
+            assert_same(found, {name: expected[name] for name in found})
 
 
 def check_shapes_in_the_interpreter():
     """Beside one program: the phases one by one, with a program per tile, and one program that meets itself."""
-    odd = dict(D=34, U=19, V=(33,), W=(18, 3, 40), latent=(3, 17), A=1, H=2, B=17, dtype=torch.float32)
+    odd = dict(D=34, U=19, V=(33,), W=(18, 35), latent=(3, 17), A=1, H=2, B=17, dtype=torch.float32)
+    case, options = Case("layernorm_gru", loop="tanh_normal", norm="layer", **odd), dict(act="relu", policy_act="elu")
+    assert_same(triton_run(case, "split", **options), case.run("reference", **options))
     small = dict(D=6, U=5, V=(4, 35, 3), W=(5,), latent=(20, 2), A=19, H=2, blocks=3, dtype=torch.float32)
-    for kind in CELLS:
-        case, options = Case(kind, loop="tanh_normal", norm="layer", **odd), dict(act="relu", policy_act="elu")
-        assert_same(results(case, "triton", "split", **options), results(case, "reference", **options))
-        case, options = Case(kind, loop="categorical", norm="rms", **small), dict(unimix=0.0, policy_unimix=0.3)
-        assert_same(results(case, "triton", "persistent", **options), results(case, "reference", **options))
-    options = dict(policy_min_std=0.3, policy_max_std=2.5, min_std=0.7, rms_eps=0.1, policy_unimix=0.0)
-    for loop in ("categorical", "bounded_normal"):
-        case = Case("block_gru", (5,), loop, H=1, B=1, dtype=torch.float32)
-        assert_same(results(case, "triton", "split", **options), results(case, "reference", **options))
+    for kind, loop in (("gru", "open"), ("block_gru", "categorical")):
+        case, options = Case(kind, loop=loop, norm="rms", **small), dict(unimix=0.0, rms_eps=0.1)
+        if loop != "open":
+            options["policy_unimix"] = 0.3
+        assert_same(triton_run(case, "persistent", **options), case.run("reference", **options))
+    options = dict(policy_min_std=0.3, policy_max_std=2.5, min_std=0.7, policy_unimix=0.0)
+    case = Case("block_gru", (5,), "bounded_normal", H=1, B=1, norm="none", dtype=torch.float32)
+    assert_same(triton_run(case, "split", **options), case.run("reference", **options))
 
 
 def check_what_else_triton_takes_in_the_interpreter():
@@ -413,13 +438,27 @@ def check_what_else_triton_takes_in_the_interpreter():
             case.weights[name] = None
     case.tensors = {k: x.movedim(0, -1).contiguous().movedim(-1, 0) for k, x in case.tensors.items()}
     case.action_noise = case.action_noise.transpose(0, 1).contiguous().transpose(0, 1)
-    assert_same(results(case, "triton", "tile"), results(case, "reference"))  # no biases, other strides
+    assert_same(triton_run(case, "tile"), case.run("reference"))  # no biases, other strides
 
-    # float16 rounds at 2⁻¹¹ what enters every product; the interpreter knows no bfloat16.
-    case = Case("layernorm_gru", (5,), "bounded_normal", H=2, dtype=torch.float32).to(torch.float16)
-    got = results(case, "triton", "tile")
+    case = Case("gru", loop="categorical", norm="layer", H=2, dtype=torch.float32)
+    for wanted in (("policy.0.weight", "policy.out_bias"), ("stoch", "prior.1.gain", "cell.in_action")):
+        assert_same(triton_run(case, "tile", wanted), case.run("reference", wanted))
+    grads = []
+    for backend in ("triton", "reference"):  # of a loss that leaves out results
+        leaves = {k: x.clone().requires_grad_() for k, x in case.inputs.items()}
+        with ops.use_backend(backend):
+            case.call(leaves)[0].square().sum().backward()
+        grads.append({k: x.grad for k, x in leaves.items() if x.grad is not None and x.grad.any()})
+    assert_same(*grads)
+
+    # float16 rounds at 2⁻¹¹ what enters every product; the interpreter knows no bfloat16. Noise may be precise.
+    case = Case("layernorm_gru", (5,), "bounded_normal", H=2, dtype=torch.float32)
+    noise = case.noise, case.action_noise
+    case.to(torch.float16)
+    case.noise, case.action_noise = noise
+    got = triton_run(case, "tile")
     assert all(x.dtype is torch.float16 for x in got.values())
-    expected = results(case.to(torch.float32), "reference")
+    expected = case.to(torch.float32).run("reference")
     assert_same({k: x.float() for k, x in got.items()}, expected, 5e-3)
 
     case = Case(loop="categorical", dtype=torch.float32)
@@ -427,8 +466,6 @@ def check_what_else_triton_takes_in_the_interpreter():
     with ops.use_backend("triton"):
         reasons = ops.explain(ops.rssm_imagine_policy, *args, **keywords).reasons["triton"]
         assert "tile scan: 1 program of 32 features for each of 1 tiles of 16 sequences" in reasons
-        with pytest.raises(BackendError, match="it has no backward"):
-            case.call({k: x.clone().requires_grad_() for k, x in case.inputs.items()})
         with pytest.raises(BackendError, match="activations silu, elu, relu, not tanh"):
             case.call(policy_act="tanh")
         with pytest.raises(BackendError, match=r"at most 256 actions; action_noise is \(4, 3, 300\)"):
@@ -443,6 +480,11 @@ def test_triton_in_the_interpreter(run_interpreted, check):
     run_interpreted(check)
 
 
+@pytest.mark.slow
+def test_triton_in_the_interpreter_with_every_loop(run_interpreted):
+    run_interpreted(check_all_kinds_in_the_interpreter)
+
+
 # V1, then early V3, then V3's sizes 12M and 50M, each with its actor.
 MODELS = {
     "V1": dict(kind="gru", loop="tanh_normal", D=200, U=200, V=(200,), W=(400,) * 4, latent=(30,)),
@@ -454,27 +496,34 @@ MODELS = {
 }  # fmt: skip
 
 
-def assert_compiles_and_fits(assert_launches_fit, dtype, **sizes):
-    kernels = pytest.importorskip("phyxdream.kernels.rssm_imagine")
+def assert_compiles_and_fits(assert_launches_fit, model, dtype, taped, direction="forward"):
+    """What is launched where a batch of 16 sequences of 64 steps is imagined from."""
+    kernels = pytest.importorskip("phyxdream.kernels.rssm_scan")
 
     def call():
-        args, keywords = Case(H=15, B=1024, A=6, dtype=dtype, **sizes).arguments()
-        with torch.no_grad():
-            op._triton_forward(*op._prepare(*args, **keywords))
+        case = Case(H=15, B=1024, A=6, dtype=dtype, **MODELS[model])
+        args, keywords = case.arguments({k: x.requires_grad_(taped) for k, x in case.inputs.items()})
+        args = op._prepare(*args, **keywords)
+        outputs = op._triton_forward(*args)
+        if direction == "backward":
+            wanted = [False, True, True, False] + [True] * len(args[4])
+            op._triton_backward(*outputs[:4], wanted, *outputs, *args)
 
-    assert_launches_fit(call, kernels, "imagine_kernel")
+    with torch.set_grad_enabled(taped):
+        assert_launches_fit(call, kernels, f"{direction}_kernel")
 
 
 def test_triton_compiles_and_fits(assert_launches_fit):
     """The largest in one kernel."""
-    assert_compiles_and_fits(assert_launches_fit, torch.bfloat16, **MODELS["V1"])
+    assert_compiles_and_fits(assert_launches_fit, "V1", torch.bfloat16, True, "backward")
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("taped", "direction"), [(False, "forward"), (True, "forward"), (True, "backward")])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("model", MODELS)
-def test_triton_compiles_and_fits_at_all_sizes(assert_launches_fit, model, dtype):
-    assert_compiles_and_fits(assert_launches_fit, dtype, **MODELS[model])
+def test_triton_compiles_and_fits_at_all_sizes(assert_launches_fit, model, dtype, taped, direction):
+    assert_compiles_and_fits(assert_launches_fit, model, dtype, taped, direction)
 
 
 @pytest.mark.gpu
@@ -487,12 +536,12 @@ def test_triton_on_a_gpu(kind, latent, loop, shape):
     for sizes in ({}, odd, large):
         classes = (12, 17) if latent == "categorical" else (30,)
         case = Case(kind, classes, loop, dtype=torch.float32, **sizes).to("cuda")
-        expected = results(case, "reference")
-        assert_same(results(case, "triton", shape), expected)
+        expected = case.run("reference")
+        assert_same(triton_run(case, shape), expected)
         # bfloat16 rounds at 2⁻⁸, and so draws other classes now and then: only Gaussians stay near.
         if latent == "gaussian" and loop in ("open", "bounded_normal"):
             got = results(case.to(torch.bfloat16), "triton", shape)
-            assert_same({k: x.float() for k, x in got.items()}, expected, 5e-2)
+            assert_same({k: x.float() for k, x in got.items()}, {k: expected[k] for k in got}, 5e-2)
 
 
 @pytest.mark.gpu
@@ -551,6 +600,53 @@ def test_autocast_computes_in_float32():
     torch.testing.assert_close(outputs[0], case.run("cpu")["result 0"], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("latent", LATENTS)
+@pytest.mark.parametrize("loop", ["open", "bounded_normal"])
+def test_half_precision_is_rounded_once(loop, latent):
+    """And noise may be precise."""
+    case = Case(latent=LATENTS[latent], loop=loop, dtype=torch.float32)
+    noise = case.noise, case.action_noise
+    case.to(torch.bfloat16)
+    case.noise, case.action_noise = noise
+    half = {k: x.clone().requires_grad_() for k, x in case.inputs.items()}
+    precise = {k: x.float().requires_grad_() for k, x in case.inputs.items()}
+    with ops.use_backend("reference"):
+        outputs, expected = case.call(half), case.call(precise)
+    assert all(x.dtype is torch.bfloat16 for x in outputs)
+    for x, y in zip(outputs[:3], expected[:3], strict=True):
+        torch.testing.assert_close(x, y.bfloat16(), rtol=0, atol=0)
+    for scan in (outputs, expected):
+        scan[0].sum().backward()
+    for name, x in half.items():
+        if x.grad is not None:
+            torch.testing.assert_close(x.grad, precise[name].grad.bfloat16(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("loop", ["open", "categorical"])
+def test_autocast_on_cuda_computes_in_its_dtype(loop):
+    """By what enters the op; the tensors are on a GPU that need not exist."""
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        with FakeTensorMode():
+            case = Case(loop=loop, dtype=torch.float32)
+            for group in (case.tensors, case.weights):
+                group |= {k: torch.empty_like(x, device="cuda") for k, x in group.items() if x is not None}
+            noises = case.noise, case.action_noise
+            case.noise, case.action_noise = (torch.empty_like(x, device="cuda") for x in noises)
+            args, keywords = case.arguments()
+            args = op._prepare(*args, **keywords)
+            outputs = op._fake(*args[:-1], True)  # with a tape
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    half = torch.get_autocast_dtype("cuda")
+    first, deter, stoch, noise, weights = args[:5]
+    assert noise.dtype is torch.float32
+    assert first.dtype is (half if loop == "open" else torch.float32)
+    assert {x.dtype for x in (deter, stoch, *weights)} == {half}
+    assert [x.dtype for x in outputs] == [half] * 4 + [torch.float32, torch.int32]
+    assert outputs[4].numel() > 0
+
+
 @needs_extension
 def test_a_second_derivative_is_refused():
     case = Case(loop="categorical", dtype=torch.float32)
@@ -597,7 +693,7 @@ def weight(name, value):
         (tensor(deter=lambda x: x[0]), ValueError, r"deter: expected shape \(3, D\), got \(8,\)"),
         (tensor(deter=lambda x: x[1:]), ValueError, r"deter: expected shape \(3, D\), got \(2, 8\)"),
         (tensor(stoch=lambda x: x[..., 0]), ValueError, r"stoch: expected shape \(3, 3, 4\), got \(3, 3\)"),
-        (tensor(deter=lambda x: x.float()), TypeError, r"dtype of action_noise, .*64, got deter torch.float32"),
+        (tensor(deter=lambda x: x.float()), TypeError, r"dtype of deter, .*32, got action_noise torch.float64"),
         (tensor(stoch=lambda x: x.numpy()), TypeError, r"stoch: expected a tensor, got ndarray"),
         (tensor(stoch=lambda x: x.long()), TypeError, r"stoch: expected a floating-point tensor, got torch.int64"),
         (lambda case: setattr(case, "noise", case.noise[0, 0]), ValueError, r"noise: expected shape .*got \(3, 4\)"),

@@ -493,7 +493,7 @@ def test_the_number_of_threads_changes_no_bit():
 
 
 def triton_run(case, shape, **options):
-    kernels = importlib.import_module("phyxdream.kernels.rssm_observe")
+    kernels = importlib.import_module("phyxdream.kernels.rssm_scan")
     with mock.patch.object(kernels, "choose_shape", lambda *args: shape):
         return case.run("triton", **options)
 
@@ -573,7 +573,7 @@ def test_triton_in_the_interpreter(run_interpreted, check):
     run_interpreted(check)
 
 
-# Of a call with 16 sequences: V1, then early V3, then V3's sizes 12M and 50M.
+# V1, then early V3, then V3's sizes 12M and 50M.
 MODELS = {
     "V1": dict(kind="gru", D=200, U=200, V=200, latent=(30,)),
     "512": dict(kind="layernorm_gru", D=512, U=512, V=512, latent=(32, 32)),
@@ -582,14 +582,14 @@ MODELS = {
 }
 
 
-def assert_compiles_and_fits(assert_launches_fit, model, dtype, direction, shape):
-    kernels = pytest.importorskip("phyxdream.kernels.rssm_observe")
+def assert_compiles_and_fits(assert_launches_fit, model, dtype, direction, B=16):
+    kernels = pytest.importorskip("phyxdream.kernels.rssm_scan")
 
     def call():
-        args, keywords = Case(T=64, B=16, E=1024, A=6, dtype=dtype, **MODELS[model]).arguments()
+        args, keywords = Case(T=64, B=B, E=1024, A=6, dtype=dtype, **MODELS[model]).arguments()
         args = op._prepare(*args, **keywords)
-        with mock.patch.object(kernels, "choose_shape", lambda *args: shape):
-            outputs = op._triton_forward(*args)
+        outputs = op._triton_forward(*args)
+        if direction == "backward":
             op._triton_backward(*outputs[:3], *outputs, *args)
 
     assert_launches_fit(call, kernels, f"{direction}_kernel")
@@ -597,18 +597,17 @@ def assert_compiles_and_fits(assert_launches_fit, model, dtype, direction, shape
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_triton_compiles_and_fits(assert_launches_fit, direction):
-    assert_compiles_and_fits(assert_launches_fit, "V1", torch.float32, direction, "tile")
+    assert_compiles_and_fits(assert_launches_fit, "V1", torch.float32, direction)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    ("model", "shape"),
-    [("V1", "tile"), *itertools.product(("512", "12M", "50M"), ("persistent", "split"))],
-)
-def test_triton_compiles_and_fits_at_all_sizes(assert_launches_fit, model, shape, dtype, direction):
-    assert_compiles_and_fits(assert_launches_fit, model, dtype, direction, shape)
+    ("model", "B"), [("V1", 16), *itertools.product(("512", "12M", "50M"), (16, 128))]
+)  # the launch for 16 sequences is persistent, that for 128 is split
+def test_triton_compiles_and_fits_at_all_sizes(assert_launches_fit, model, B, dtype, direction):
+    assert_compiles_and_fits(assert_launches_fit, model, dtype, direction, B)
 
 
 @pytest.mark.gpu
@@ -635,7 +634,7 @@ def test_triton_in_a_cuda_graph(shape):
     case = Case("block_gru", T=5, B=16, D=64, U=32, V=32, dtype=torch.float32).to("cuda")
     expected = case.run("reference")["deter"]
     stream = torch.cuda.Stream()
-    kernels = importlib.import_module("phyxdream.kernels.rssm_observe")
+    kernels = importlib.import_module("phyxdream.kernels.rssm_scan")
     with mock.patch.object(kernels, "choose_shape", lambda *args: shape), ops.use_backend("triton"), torch.no_grad():
         with torch.cuda.stream(stream):
             case.call()
