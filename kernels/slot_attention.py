@@ -3,8 +3,8 @@
 As in csrc/slot_attention.cpp, keys and values are never made: with h the normalised inputs, without gain and shift, all
 that lies between h and the softmax, and between the sums of h and the gates of the GRU, is one matrix each:
 
-    logits = h·u + c,   u = U y,   c = o·y                        y = LN(s); U (I, D) and o (D,) are W_q, W_k, gain, shift
-    m = Σ w h / Σ w,    w = A + eps,    input gates = G m + bias  G (3D, I) is the gates' W, W_v and the gain
+    logits = h·u + c,   u = U y,   c = o·y,   y = LN(s)         U (I, D), o (D,): W_q, W_k, gain and shift of the inputs
+    m = Σ w h / Σ w,    w = A + eps,   input gates = G m + bias    G (3D, I): W of the gates, W_v and the gain
     dA = h·e - m·e      dl = A ⊙ (dA - Σ_k A dA)      dh += Σ_k dl u + w e      du = Σ_n dl h      dc = Σ_n dl
 
 where e is the gradient of m, divided by Σ w. Two phases take turns: one walks the tokens of an element of the batch and
@@ -12,8 +12,9 @@ sums up over them, the other takes tiles of slots through GRU and MLP to their n
 backward, it is computed again, and so are gates and MLP. The last pass of the backward does all iterations of a tile of
 tokens at once, so that the gradient of the inputs is summed in registers and written once.
 
-A program either has an element of its own and goes through all iterations, or, where there are few elements of many
-tokens, these are split and every phase is a launch. Sums are float32; factors of products have the dtype of the inputs.
+Every phase is a launch, in which several programs may share the tokens of an element. Only forward in half precision,
+where none do, a program takes its element through all iterations in one launch. Sums are float32; factors of products
+have the dtype of the inputs.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+
+from phyxdream.kernels.rssm_phases import _hidden
 
 ALL, ROWS, TOKENS, LEAVE = (tl.constexpr(i) for i in range(4))  # phases
 
@@ -114,6 +117,13 @@ class Gradients(NamedTuple):
 
 
 @triton.jit
+def _lane(SIZE: tl.constexpr):
+    """0, 1, … of which compilers only know that they lie side by side: else they move addresses out of loops, into
+    registers."""
+    return _hidden(0) * 64 + tl.arange(0, SIZE)
+
+
+@triton.jit
 def _load(pointer, row, width, column, inside):
     at = row.to(tl.int64)[:, None] * width + column[None, :]
     return tl.load(pointer + at, mask=inside, other=0.0).to(tl.float32)
@@ -163,7 +173,7 @@ def _tokens(s, inputs, b, first, N):
 @triton.jit
 def _slots(s, mask, b):
     """The rows of an element's slots, which of them there are, and which are present."""
-    k = tl.arange(0, s.SLOTS)
+    k = _lane(s.SLOTS)
     row, exists = b * s.K + k, k < s.K
     present = exists
     if mask is not None:
@@ -183,15 +193,16 @@ def _attention(s, h, query, offset, present):
 
 
 @triton.jit
-def _attention_at(s, b, k, exists, row, first, N):
+def _attention_at(s, row, exists, first, N):
+    """Where the attention of these slots to a tile lies, which is slot by slot."""
     n = first + tl.arange(0, s.TILE)
-    return (tl.cast(b, tl.int64) * s.K + k)[None, :] * N + n[:, None], (n < N)[:, None] & exists[None, :]
+    return row.to(tl.int64)[None, :] * N + n[:, None], (n < N)[:, None] & exists[None, :]
 
 
 @triton.jit
 def _store_sums(s, sums, totals, program, sum, total):
-    k = tl.arange(0, s.SLOTS)
-    column = tl.arange(0, s.INPUTS)
+    k = _lane(s.SLOTS)
+    column = _lane(s.INPUTS)
     row = program * s.K + k
     _store(sums, row, s.I, column, (k < s.K)[:, None] & (column < s.I)[None, :], sum)
     tl.store(totals + row, total, mask=k < s.K)
@@ -200,8 +211,9 @@ def _store_sums(s, sums, totals, program, sum, total):
 @triton.jit
 def forward_tokens(s, tape, m, b, start, end, N, kept, last, program):
     """Σ w h and Σ w over tokens [start, end) of an element; with `last`, also the attention."""
+    b = _hidden(b)
     row, exists, present = _slots(s, m.mask, b)
-    column = tl.arange(0, s.INPUTS)
+    column = _lane(s.INPUTS)
     inside = exists[:, None] & (column < s.I)[None, :]
     query = _load(tape.query, kept + row, s.I, column, inside).to(m.inputs.dtype.element_ty)
     offset = tl.load(tape.offset + kept + row, mask=exists, other=0.0)
@@ -212,9 +224,8 @@ def forward_tokens(s, tape, m, b, start, end, N, kept, last, program):
         h = h.to(query.dtype)
         a = _attention(s, h, query, offset, present)
         if m.attention is not None:
-            if last:
-                at, both = _attention_at(s, b, tl.arange(0, s.SLOTS), exists, row, first, N)
-                tl.store(m.attention + at, a.to(m.attention.dtype.element_ty), mask=both)
+            at, both = _attention_at(s, row, exists & last, first, N)
+            tl.store(m.attention + at, a.to(m.attention.dtype.element_ty), mask=both)
         w = tl.where(real[:, None], a + s.eps, 0.0)
         total += tl.sum(w, 0)
         sum = tl.dot(tl.trans(w.to(h.dtype)), h, sum, input_precision=s.precision)
@@ -224,7 +235,7 @@ def forward_tokens(s, tape, m, b, start, end, N, kept, last, program):
 @triton.jit
 def _asked(s, tape, g, kept, row, exists):
     """Of an iteration: u, c, e and m·e."""
-    column = tl.arange(0, s.INPUTS)
+    column = _lane(s.INPUTS)
     inside = exists[:, None] & (column < s.I)[None, :]
     query = _load(tape.query, kept + row, s.I, column, inside).to(g.inputs.dtype.element_ty)
     offset = tl.load(tape.offset + kept + row, mask=exists, other=0.0)
@@ -234,20 +245,20 @@ def _asked(s, tape, g, kept, row, exists):
 
 
 @triton.jit
-def _slopes(s, g, h, b, first, N, row, exists, present, real, last, query, offset, pooled, dot):
+def _slopes(s, g, h, first, N, row, exists, present, real, last, query, offset, pooled, dot):
     """A and dl, both (TILE, SLOTS); dl is 0 where there is no token."""
     a = _attention(s, h, query, offset, present)
     da = tl.dot(h, tl.trans(pooled), input_precision=s.precision) - dot[None, :]
     if g.attention is not None:
-        if last:
-            at, both = _attention_at(s, b, tl.arange(0, s.SLOTS), exists, row, first, N)
-            da += tl.load(g.attention + at, mask=both, other=0.0).to(tl.float32)
+        at, both = _attention_at(s, row, exists & last, first, N)
+        da += tl.load(g.attention + at, mask=both, other=0.0).to(tl.float32)
     return a, tl.where(real[:, None], a * (da - tl.sum(a * da, 1)[:, None]), 0.0)
 
 
 @triton.jit
 def backward_tokens(s, tape, g, b, start, end, N, kept, last, program):
     """du and dc of an iteration over tokens [start, end)."""
+    b = _hidden(b)
     row, exists, present = _slots(s, g.mask, b)
     query, offset, pooled, dot = _asked(s, tape, g, kept, row, exists)
     sum = tl.zeros((s.SLOTS, s.INPUTS), tl.float32)
@@ -255,7 +266,7 @@ def backward_tokens(s, tape, g, b, start, end, N, kept, last, program):
     for first in range(start, end, s.TILE):
         h, _, real, _ = _tokens(s, g.inputs, b, first, N)
         h = h.to(query.dtype)
-        _, dl = _slopes(s, g, h, b, first, N, row, exists, present, real, last, query, offset, pooled, dot)
+        _, dl = _slopes(s, g, h, first, N, row, exists, present, real, last, query, offset, pooled, dot)
         total += tl.sum(dl, 0)
         sum = tl.dot(tl.trans(dl.to(h.dtype)), h, sum, input_precision=s.precision)
     _store_sums(s, g.sums, g.totals, program, sum, total)
@@ -264,8 +275,9 @@ def backward_tokens(s, tape, g, b, start, end, N, kept, last, program):
 @triton.jit
 def leave_tokens(s, tape, g, b, start, end, N, R, taped, program):
     """The same for the first iteration, and the gradient of the inputs, which is that of all iterations."""
+    b = _hidden(b)
     row, exists, present = _slots(s, g.mask, b)
-    column = tl.arange(0, s.INPUTS)
+    column = _lane(s.INPUTS)
     sum = tl.zeros((s.SLOTS, s.INPUTS), tl.float32)
     total = tl.zeros((s.SLOTS,), tl.float32)
     for first in tl.range(start, end, s.TILE, num_stages=1):
@@ -275,7 +287,7 @@ def leave_tokens(s, tape, g, b, start, end, N, R, taped, program):
         for t in tl.range(0, taped, num_stages=1):
             query, offset, pooled, dot = _asked(s, tape, g, t * R, row, exists)
             a, dl = _slopes(
-                s, g, factor, b, first, N, row, exists, present, real, t == taped - 1, query, offset, pooled, dot
+                s, g, factor, first, N, row, exists, present, real, t == taped - 1, query, offset, pooled, dot
             )
             dh = tl.dot(dl.to(query.dtype), query, dh, input_precision=s.precision)
             dh = tl.dot((a + s.eps).to(query.dtype), pooled, dh, input_precision=s.precision)
@@ -294,11 +306,11 @@ def leave_tokens(s, tape, g, b, start, end, N, R, taped, program):
 @triton.jit
 def _collect(s, sums, totals, row, exists, splits):
     """What the programs that share an element's tokens have summed up: (ROWS, INPUTS) and (ROWS,)."""
-    column = tl.arange(0, s.INPUTS)
+    column = _lane(s.INPUTS)
     inside = exists[:, None] & (column < s.I)[None, :]
     sum = tl.zeros((s.ROWS, s.INPUTS), tl.float32)
     total = tl.zeros((s.ROWS,), tl.float32)
-    for i in range(0, splits):
+    for i in range(splits):
         at = (row // s.K * splits + i) * s.K + row % s.K
         sum += _load(sums, at, s.I, column, inside)
         total += tl.load(totals + at, mask=exists, other=0.0)
@@ -314,8 +326,9 @@ def _weight(weight, k, inside_k, k_stride, column, inside, column_stride):
 @triton.jit
 def _product(acc, s, x, row, width, exists, size: tl.constexpr, weight, k_stride, column, inside, column_stride):
     """acc (ROWS, columns) + x weight, of x as it lies in memory."""
-    for first in range(0, size, s.STEP):
-        k = first + tl.arange(0, s.STEP)
+    first_k = _lane(s.STEP)
+    for first in range(0, _hidden(size), s.STEP):
+        k = first + first_k
         value = _load(x, row, width, k, exists[:, None] & (k < size)[None, :])
         tile = _weight(weight, k, k < size, k_stride, column, inside, column_stride)
         acc = tl.dot(value.to(tile.dtype), tile, acc, input_precision=s.precision)
@@ -330,29 +343,31 @@ def _times(acc, s, x, weight, k, inside_k, k_stride, column, inside, column_stri
 
 
 @triton.jit
-def _gate(w, s, tape, kept, exists, column, i: tl.constexpr, INPUT: tl.constexpr):
-    """Gate i of the three as the pooled inputs make it, or the slots."""
-    inside = column < s.D
-    acc = tl.zeros((s.ROWS, s.FEATURES), tl.float32)
-    if INPUT:
-        weight = w.input_gates + i * s.D * s.I
-        acc = _product(acc, s, tape.pooled, kept, s.I, exists, s.I, weight, 1, column, inside, s.I)
-        acc += _vector(w.input_bias + i * s.D, column, s.D)[None, :]
-    else:
-        weight = w.hidden_gates + i * s.D * s.D
-        acc = _product(acc, s, tape.slots, kept, s.D, exists, s.D, weight, 1, column, inside, s.D)
-        acc += _vector(w.hidden_bias + i * s.D, column, s.D)[None, :]
-    return acc
+def _of_pooled(acc, w, s, tape, kept, exists, column, i: tl.constexpr):
+    """What the pooled inputs add to gate i of the three."""
+    weight = w.input_gates + i * s.D * s.I
+    acc = _product(acc, s, tape.pooled, kept, s.I, exists, s.I, weight, 1, column, column < s.D, s.I)
+    return acc + _vector(w.input_bias + i * s.D, column, s.D)[None, :]
+
+
+@triton.jit
+def _of_slots(acc, w, s, tape, kept, exists, column, i: tl.constexpr):
+    weight = w.hidden_gates + i * s.D * s.D
+    acc = _product(acc, s, tape.slots, kept, s.D, exists, s.D, weight, 1, column, column < s.D, s.D)
+    return acc + _vector(w.hidden_bias + i * s.D, column, s.D)[None, :]
 
 
 @triton.jit
 def _cell(w, s, tape, kept, exists, column):
     """The GRU from the slots and the pooled inputs of the tape: before, reset, update, candidate, hidden candidate."""
     before = _load(tape.slots, kept, s.D, column, exists[:, None] & (column < s.D)[None, :])
-    reset = tl.sigmoid(_gate(w, s, tape, kept, exists, column, 0, True) + _gate(w, s, tape, kept, exists, column, 0, False))
-    update = tl.sigmoid(_gate(w, s, tape, kept, exists, column, 1, True) + _gate(w, s, tape, kept, exists, column, 1, False))
-    hidden = _gate(w, s, tape, kept, exists, column, 2, False)
-    candidate = 2 * tl.sigmoid(2 * (_gate(w, s, tape, kept, exists, column, 2, True) + reset * hidden)) - 1
+    zero = tl.zeros((s.ROWS, s.FEATURES), tl.float32)
+    reset = _of_pooled(zero, w, s, tape, kept, exists, column, 0)
+    reset = tl.sigmoid(_of_slots(reset, w, s, tape, kept, exists, column, 0))
+    update = _of_pooled(zero, w, s, tape, kept, exists, column, 1)
+    update = tl.sigmoid(_of_slots(update, w, s, tape, kept, exists, column, 1))
+    hidden = _of_slots(zero, w, s, tape, kept, exists, column, 2)
+    candidate = 2 * tl.sigmoid(2 * _of_pooled(reset * hidden, w, s, tape, kept, exists, column, 2)) - 1
     return before, reset, update, candidate, hidden
 
 
@@ -374,9 +389,9 @@ def _present(mask, row, exists):
 @triton.jit
 def forward_rows(w, s, tape, m, first, end, R, iteration, iterations, taped, splits):
     """Slots [first, end) at the border before `iteration`: the end of the one before it, then queries of this one."""
-    row = first + tl.arange(0, s.ROWS)
+    row = _hidden(first) + tl.arange(0, s.ROWS)
     exists = row < end
-    column = tl.arange(0, s.FEATURES)
+    column = _lane(s.FEATURES)
     both = exists[:, None] & (column < s.D)[None, :]
     slots = tl.zeros((s.ROWS, s.FEATURES), tl.float32)
     skipped = iterations - taped
@@ -388,7 +403,7 @@ def forward_rows(w, s, tape, m, first, end, R, iteration, iterations, taped, spl
         sum, total = _collect(s, m.sums, m.totals, row, exists, splits)
         total = tl.where(present, total, 1.0)  # without eps it is 0 where there is no slot
         tl.store(tape.total + kept, total, mask=exists)
-        inputs = tl.arange(0, s.INPUTS)
+        inputs = _lane(s.INPUTS)
         _store(tape.pooled, kept, s.I, inputs, exists[:, None] & (inputs < s.I)[None, :], sum / total[:, None])
         tl.debug_barrier()
         before, _, update, candidate, _ = _cell(w, s, tape, kept, exists, column)
@@ -396,8 +411,9 @@ def forward_rows(w, s, tape, m, first, end, R, iteration, iterations, taped, spl
         n, _ = _normalised(after, s.D, both, s.layer_eps)
         normed = n * _vector(w.mlp_gain, column, s.D)[None, :] + _vector(w.mlp_shift, column, s.D)[None, :]
         after += _vector(w.mlp_out_bias, column, s.D)[None, :]
-        for at in range(0, s.H, s.STEP):
-            h = at + tl.arange(0, s.STEP)
+        step = _lane(s.STEP)
+        for at in range(0, _hidden(s.H), s.STEP):
+            h = at + step
             hidden = _hidden_layer(w, s, normed, h, column)
             after = _times(after, s, hidden, w.mlp_out, h, h < s.H, 1, column, column < s.D, s.H)
         slots += tl.where(present[:, None], after, before)
@@ -410,8 +426,9 @@ def forward_rows(w, s, tape, m, first, end, R, iteration, iterations, taped, spl
         n, _ = _normalised(slots, s.D, both, s.layer_eps)
         normed = n * _vector(w.slots_gain, column, s.D)[None, :] + _vector(w.slots_shift, column, s.D)[None, :]
         tl.store(tape.offset + kept, tl.sum(normed * _vector(w.offset, column, s.D)[None, :], 1), mask=exists)
-        for at in range(0, s.I, s.STEP):
-            i = at + tl.arange(0, s.STEP)
+        step = _lane(s.STEP)
+        for at in range(0, _hidden(s.I), s.STEP):
+            i = at + step
             query = tl.zeros((s.ROWS, s.STEP), tl.float32)
             query = _times(query, s, normed, w.query, column, column < s.D, 1, i, i < s.I, s.D)
             _store(tape.query, kept, s.I, i, exists[:, None] & (i < s.I)[None, :], query)
@@ -431,7 +448,7 @@ def _query_back(w, s, tape, g, row, kept, exists, column, splits, program):
     """From u and c to the slots that asked: adds to the carry."""
     both = exists[:, None] & (column < s.D)[None, :]
     sum, total = _collect(s, g.sums, g.totals, row, exists, splits)
-    inputs = tl.arange(0, s.INPUTS)
+    inputs = _lane(s.INPUTS)
     _store(g.query, kept, s.I, inputs, exists[:, None] & (inputs < s.I)[None, :], sum)
     tl.store(g.offset + kept, total, mask=exists)
     n, inverse = _normalised(_load(tape.slots, kept, s.D, column, both), s.D, both, s.layer_eps)
@@ -459,8 +476,9 @@ def _update_back(w, s, tape, g, carry, row, kept, exists, column, program):
     _store(g.out, kept, s.D, column, both, out)
     _store(g.mlp_normed, kept, s.D, column, both, normed)
     d = tl.zeros((s.ROWS, s.FEATURES), tl.float32)
-    for at in range(0, s.H, s.STEP):
-        h = at + tl.arange(0, s.STEP)
+    step = _lane(s.STEP)
+    for at in range(0, _hidden(s.H), s.STEP):
+        h = at + step
         both_h = exists[:, None] & (h < s.H)[None, :]
         hidden = _hidden_layer(w, s, normed, h, column)
         from_hidden = tl.zeros((s.ROWS, s.STEP), tl.float32)
@@ -485,8 +503,9 @@ def _update_back(w, s, tape, g, carry, row, kept, exists, column, program):
     _store(g.carry, row, s.D, column, both, carry)
     share = 1 / tl.load(tape.total + kept, mask=exists, other=1.0)
     dot = tl.zeros((s.ROWS,), tl.float32)
-    for at in range(0, s.I, s.STEP):
-        i = at + tl.arange(0, s.STEP)
+    step = _lane(s.STEP)
+    for at in range(0, _hidden(s.I), s.STEP):
+        i = at + step
         both_i = exists[:, None] & (i < s.I)[None, :]
         e = tl.zeros((s.ROWS, s.STEP), tl.float32)
         e = _product(e, s, g.gates, kept, width, exists, s.D, w.input_gates + 2 * s.D * s.I, s.I, i, i < s.I, 1)
@@ -501,9 +520,9 @@ def _update_back(w, s, tape, g, carry, row, kept, exists, column, program):
 def backward_rows(w, s, tape, g, first, end, R, t, taped, splits, program):
     """The border after differentiated iteration t - 1: from the queries of iteration t to what the pass over the tokens
     of the one before needs. `taped` is the end, where the results are, 0 the start."""
-    row = first + tl.arange(0, s.ROWS)
+    row = _hidden(first) + tl.arange(0, s.ROWS)
     exists = row < end
-    column = tl.arange(0, s.FEATURES)
+    column = _lane(s.FEATURES)
     both = exists[:, None] & (column < s.D)[None, :]
     kept = tl.cast(t, tl.int64) * R + row
     carry = tl.zeros((s.ROWS, s.FEATURES), tl.float32)
@@ -521,6 +540,13 @@ def backward_rows(w, s, tape, g, first, end, R, t, taped, splits, program):
 # Launches.
 
 
+@triton.jit
+def _share(s, part, splits, N):
+    """Of the tokens of an element, in whole tiles."""
+    each = tl.cdiv(tl.cdiv(N, splits), s.TILE) * s.TILE
+    return part * each, tl.minimum(part * each + each, N)
+
+
 @triton.jit(do_not_specialize=["N", "R", "iterations", "taped", "splits", "iteration"])
 def forward_kernel(w, s, tape, m, N, R, iterations, taped, splits, iteration, PHASE: tl.constexpr):
     p = tl.program_id(0)
@@ -536,37 +562,23 @@ def forward_kernel(w, s, tape, m, N, R, iterations, taped, splits, iteration, PH
         forward_rows(w, s, tape, m, p * s.ROWS, R, R, iteration, iterations, taped, splits)
     else:
         part = tl.program_id(1)
-        each = tl.cdiv(tl.cdiv(N, splits), s.TILE) * s.TILE
+        start, end = _share(s, part, splits, N)
         kept = tl.cast(tl.maximum(iteration - iterations + taped, 0), tl.int64) * R
-        end = tl.minimum(part * each + each, N)
-        forward_tokens(s, tape, m, p, part * each, end, N, kept, iteration == iterations - 1, p * splits + part)
+        forward_tokens(s, tape, m, p, start, end, N, kept, iteration == iterations - 1, p * splits + part)
 
 
 @triton.jit(do_not_specialize=["N", "R", "taped", "splits", "t"])
 def backward_kernel(w, s, tape, g, N, R, taped, splits, t, PHASE: tl.constexpr):
-    p = tl.program_id(0)
-    if PHASE == ALL:
-        for i in tl.range(0, taped, num_stages=1):
-            t = taped - i
-            backward_rows(w, s, tape, g, p * s.K, p * s.K + s.K, R, t, taped, 1, p)
-            tl.debug_barrier()
-            if t > 1:
-                backward_tokens(s, tape, g, p, 0, N, N, tl.cast(t - 1, tl.int64) * R, t == taped, p)
-            else:
-                leave_tokens(s, tape, g, p, 0, N, N, tl.cast(R, tl.int64), taped, p)
-            tl.debug_barrier()
-        backward_rows(w, s, tape, g, p * s.K, p * s.K + s.K, R, 0, taped, 1, p)
-    elif PHASE == ROWS:
+    p, part = tl.program_id(0), tl.program_id(1)
+    if PHASE == ROWS:
         backward_rows(w, s, tape, g, p * s.ROWS, R, R, t, taped, splits, p)
     else:
-        part = tl.program_id(1)
-        each = tl.cdiv(tl.cdiv(N, splits), s.TILE) * s.TILE
-        end = tl.minimum(part * each + each, N)
+        start, end = _share(s, part, splits, N)
         if PHASE == TOKENS:
             kept = tl.cast(t, tl.int64) * R
-            backward_tokens(s, tape, g, p, part * each, end, N, kept, t == taped - 1, p * splits + part)
+            backward_tokens(s, tape, g, p, start, end, N, kept, t == taped - 1, p * splits + part)
         else:
-            leave_tokens(s, tape, g, p, part * each, end, N, tl.cast(R, tl.int64), taped, p * splits + part)
+            leave_tokens(s, tape, g, p, start, end, N, tl.cast(R, tl.int64), taped, p * splits + part)
 
 
 FEWEST_TOKENS = 1024  # of a program, where an element is split: below, launches cost more than they bring
@@ -574,49 +586,55 @@ FEWEST_TOKENS = 1024  # of a program, where an element is split: below, launches
 
 @dataclass(frozen=True)
 class Plan:
-    """What is launched: with one split, a program for each element; else `splits` for its tokens, and one for every
-    `rows` slots, in turns."""
+    """What is launched: `splits` programs for the tokens of each of `elements` elements, and others for `rows` slots
+    each, in turns. Where it is `fused`, the forward is one launch of a program for each element."""
 
     elements: int
     splits: int
+    fused: bool
     slots: int
     inputs: int
     features: int
     tile: int
+    backward_tile: int
     rows: int
     step: int
     warps: int
+    backward_warps: int
 
-    def row_programs(self, K: int) -> int:
-        """Programs of a phase of slots."""
-        return self.elements if self.splits == 1 else triton.cdiv(self.elements * K, self.rows)
+    def row_programs(self, R: int) -> int:
+        """Programs of a phase of R slots."""
+        return triton.cdiv(R, self.rows)
 
-    @property
-    def options(self) -> dict[str, int]:
-        return dict(num_warps=self.warps, num_stages=2)
+    def options(self, warps: int) -> dict[str, int]:
+        """Of a launch. Left to itself, the assembler spills a few words for the sake of more programs at once."""
+        return dict(num_warps=warps, num_stages=2, maxnreg=255)
 
     def __str__(self) -> str:
-        tokens = f"{self.tile} tokens at a time"
-        if self.splits == 1:
-            return f"Triton, a program for each of {self.elements} elements, {tokens}"
-        return f"Triton, {self.splits} programs for the tokens of each of {self.elements} elements, {tokens}"
+        programs = f"{self.splits} program{'s' * (self.splits > 1)} for the tokens of each of {self.elements} elements"
+        launches = "one launch forward" if self.fused else "two launches an iteration"
+        return f"Triton, {programs}, {self.tile} at a time, {launches}"
 
 
 def plan(B: int, N: int, K: int, I: int, D: int, half: bool, processors: int) -> Plan:
     """For inputs (B, N, I) and slots (B, K, D), where `processors` programs run at once."""
     slots, inputs, features = (max(16, triton.next_power_of_2(size)) for size in (K, I, D))
+    most = max(inputs, features)
     splits = max(1, min(processors // B, N // FEWEST_TOKENS))
-    large = max(inputs, features) > 64
+    tile = min(64, max(16, (4096 if half else 2048) // most))
     return Plan(
         elements=B,
         splits=splits,
+        fused=splits == 1 and half,  # in float32, all iterations at once need more registers than there are
         slots=slots,
         inputs=inputs,
         features=features,
-        tile=min(64, max(16, (8192 if large else 4096) // inputs)),
-        rows=slots if splits == 1 else 16,
+        tile=tile,
+        backward_tile=max(16, tile // 2),
+        rows=16,
         step=32 if half else 16,
-        warps=8 if large else 4,
+        warps=4 if most <= 64 else 8,
+        backward_warps=4 if half and most <= 64 else 8,
     )
 
 
@@ -624,11 +642,11 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def sizes_of(plan: Plan, K: int, I: int, D: int, H: int, eps: float, layer_eps: float) -> Sizes:
+def sizes_of(plan: Plan, K: int, I: int, D: int, H: int, eps: float, layer_eps: float, backward: bool) -> Sizes:
     # Three products in TF32 have the precision of float32, and leave the factors to the tensor cores.
     given = (K, I, D, H, eps, layer_eps, "tf32x3")
-    tiles = (plan.slots, plan.inputs, plan.features, plan.tile, plan.rows, plan.step)
-    return Sizes(*map(tl.constexpr, (*given, *tiles)))
+    tile = plan.backward_tile if backward else plan.tile
+    return Sizes(*map(tl.constexpr, (*given, plan.slots, plan.inputs, plan.features, tile, plan.rows, plan.step)))
 
 
 def forward(p: Plan, w: Weights, s: Sizes, tape: Tape, m: Memory, iterations: int, taped: int) -> None:
@@ -636,14 +654,15 @@ def forward(p: Plan, w: Weights, s: Sizes, tape: Tape, m: Memory, iterations: in
     B, N, _ = m.inputs.shape
     R = B * s.K.value
     with torch.cuda.device_of(m.inputs):
-        if p.splits == 1:
-            forward_kernel[(B,)](w, s, tape, m, N, R, iterations, taped, 1, 0, PHASE=ALL.value, **p.options)
+        if p.fused:
+            s = s._replace(ROWS=s.SLOTS)  # those of an element
+            forward_kernel[(B,)](w, s, tape, m, N, R, iterations, taped, 1, 0, PHASE=ALL.value, **p.options(p.warps))
             return
         for i in range(iterations + 1):
             given = (w, s, tape, m, N, R, iterations, taped, p.splits, i)
-            forward_kernel[(p.row_programs(s.K.value),)](*given, PHASE=ROWS.value, **p.options)
+            forward_kernel[(p.row_programs(R),)](*given, PHASE=ROWS.value, **p.options(p.warps))
             if i < iterations:
-                forward_kernel[(B, p.splits)](*given, PHASE=TOKENS.value, **p.options)
+                forward_kernel[(B, p.splits)](*given, PHASE=TOKENS.value, **p.options(p.warps))
 
 
 def backward(p: Plan, w: Weights, s: Sizes, tape: Tape, g: Gradients, taped: int) -> None:
@@ -651,12 +670,9 @@ def backward(p: Plan, w: Weights, s: Sizes, tape: Tape, g: Gradients, taped: int
     B, N, _ = g.inputs.shape
     R = B * s.K.value
     with torch.cuda.device_of(g.inputs):
-        if p.splits == 1:
-            backward_kernel[(B,)](w, s, tape, g, N, R, taped, 1, 0, PHASE=ALL.value, **p.options)
-            return
         for t in reversed(range(taped + 1)):
             given = (w, s, tape, g, N, R, taped, p.splits)
-            backward_kernel[(p.row_programs(s.K.value),)](*given, t, PHASE=ROWS.value, **p.options)
+            backward_kernel[(p.row_programs(R),)](*given, t, PHASE=ROWS.value, **p.options(p.backward_warps))
             if t > 0:
                 phase = TOKENS if t > 1 else LEAVE
-                backward_kernel[(B, p.splits)](*given, t - 1, PHASE=phase.value, **p.options)
+                backward_kernel[(B, p.splits)](*given, t - 1, PHASE=phase.value, **p.options(p.backward_warps))

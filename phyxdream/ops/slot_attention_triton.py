@@ -14,7 +14,9 @@ from torch import Tensor
 from phyxdream.ops import backend
 from phyxdream.ops.contract import HALF
 
-_MOST = {"slots": 64, "features of a slot": 256, "features of a token": 512}  # of a tile in one program's registers
+# What the registers of one program hold.
+_MOST_SLOTS = 16
+_MOST_FEATURES, _MOST_HALF_FEATURES = 64, 128
 
 
 class Composed(NamedTuple):
@@ -31,9 +33,12 @@ class Composed(NamedTuple):
 
 def refuse(inputs: Tensor, slots: Tensor) -> str:
     """Why Triton cannot take a call; an empty string if it can."""
-    for (name, most), size in zip(_MOST.items(), (*slots.shape[1:], inputs.shape[2]), strict=True):
-        if size > most:
-            return f"it takes at most {most} {name}; there are {size}"
+    if slots.shape[1] > _MOST_SLOTS:
+        return f"it takes at most {_MOST_SLOTS} slots; slots is {tuple(slots.shape)}"
+    most = _MOST_HALF_FEATURES if inputs.dtype in HALF else _MOST_FEATURES
+    for name, x in (("inputs", inputs), ("slots", slots)):
+        if x.shape[2] > most:
+            return f"it takes at most {most} features in {inputs.dtype}; {name} is {tuple(x.shape)}"
     return backend.refuse_triton(inputs, (torch.float32, *HALF))
 
 
@@ -105,7 +110,7 @@ def forward(outputs: tuple[Tensor, ...], inputs: Tensor, slots: Tensor, slot_mas
         tape.new_empty(B, p.splits, K, I),
         tape.new_empty(B, p.splits, K),
     )
-    sizes = kernels.sizes_of(p, K, I, D, w.mlp_in.shape[0], options.eps, options.layer_eps)
+    sizes = kernels.sizes_of(p, K, I, D, w.mlp_in.shape[0], options.eps, options.layer_eps, backward=False)
     parts = _tape(kernels, tape, inputs, slots, options)
     kernels.forward(p, weights, sizes, parts, memory, options.iterations, _taped(options))
 
@@ -149,9 +154,9 @@ def _backward(grads, tape, inputs, slots, slot_mask, w, options):
         hidden=like(rows, H),
         from_hidden=like(rows, H),
         out=like(rows, D),
-        affine=tape.new_zeros(p.row_programs(K), 4, D),
+        affine=tape.new_zeros(p.row_programs(B * K), 4, D),
     )
-    sizes = kernels.sizes_of(p, K, I, D, H, options.eps, options.layer_eps)
+    sizes = kernels.sizes_of(p, K, I, D, H, options.eps, options.layer_eps, backward=True)
     kernels.backward(p, _weights(kernels, composed, w, inputs.dtype), sizes, parts, g, taped)
     found = _of_matrices(g, parts.slots.view(rows, D), parts.pooled.view(rows, I), D)
     found |= dict(zip(("slots_gain", "slots_shift", "mlp_gain", "mlp_shift"), g.affine.sum(0), strict=True))
