@@ -25,6 +25,7 @@ SUITES = {
     "two_hot": "bench_two_hot_loss",
     "lambda_return": "bench_lambda_return",
     "rms_norm_silu": "bench_rms_norm_silu",
+    "slot_attention": "bench_slot_attention",
     "update": "bench_train_step",
     "replay": "bench_replay",
     "envs": "bench_envs",

@@ -80,7 +80,7 @@ class Bench:
     """
 
     suites: Annotated[list[str], tyro.conf.Positional] = field(default_factory=list)
-    """observe, imagine, step, kl, two_hot, lambda_return, rms_norm_silu, update, replay, envs."""
+    """observe, imagine, step, kl, two_hot, lambda_return, rms_norm_silu, slot_attention, update, replay, envs."""
     sizes: list[str] = field(default_factory=list)
     """Only these sizes, such as v1, 512, 12m; also those that are left out otherwise."""
     compile: tyro.conf.FlagCreatePairsOff[bool] = False

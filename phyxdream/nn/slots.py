@@ -89,7 +89,7 @@ class SlotAttention(nn.Module):
         for gate in self.gru.weight_ih.data.chunk(3):
             nn.init.xavier_uniform_(gate)
         for gate in self.gru.weight_hh.data.chunk(3):
-            nn.init.orthogonal_(gate)
+            gate.copy_(nn.init.orthogonal_(gate.float()))  # torch factors no half precision
         if self.initial == "learned":
             nn.init.normal_(self.initial_slots)
         else:

@@ -5,7 +5,8 @@
     updates = Σ_n w v,  w = (A + eps) / Σ_n (A + eps)
     s = GRUCell(updates, s)   s = s + W_2 relu(W_1 LN(s) + b_1) + b_2
 
-C++ in csrc/slot_attention.cpp, called by phyxdream/ops/slot_attention_cpu.py.
+C++ in csrc/slot_attention.cpp, Triton in kernels/slot_attention.py, called by slot_attention_cpu.py and
+slot_attention_triton.py beside this file.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from phyxdream.ops import slot_attention_cpu
+from phyxdream.ops import slot_attention_cpu, slot_attention_triton
 from phyxdream.ops.backend import Backend, Op
 from phyxdream.ops.contract import FLOATING, HALF
 
@@ -251,12 +252,17 @@ def _iterate(k, v, slots, slot_mask, w, options):
 
 def _fake(*args):
     inputs, slots, _, w, options = split(args)
-    B, N, _ = inputs.shape
-    _, K, D = slots.shape
+    if inputs.is_cuda:
+        return _empty(inputs, slots, options, slot_attention_triton.tape_size(inputs, slots, options))
+    return _empty(inputs, slots, options, slot_attention_cpu.tape_size(inputs, slots, w, options))
+
+
+def _empty(inputs, slots, options, tape_size):
+    (B, N, _), K = inputs.shape, slots.shape[1]
     return (
-        slots.new_empty(B, K, D),
+        slots.new_empty(slots.shape),
         slots.new_empty((B, K, N) if options.return_attention else 0),
-        slots.new_empty(slot_attention_cpu.tape_size(inputs, slots, w, options)),
+        slots.new_empty(tape_size, dtype=torch.float32),
     )
 
 
@@ -289,6 +295,17 @@ def _cpu_forward(*args):
     return outputs
 
 
+def _triton_forward(*args):
+    inputs, slots, _, _, options = split(args)
+    outputs = _empty(inputs, slots, options, slot_attention_triton.tape_size(inputs, slots, options))
+    slot_attention_triton.forward(outputs, *split(args))
+    return outputs
+
+
+def _triton_backward(grad_slots, grad_attention, tape, *args):
+    return slot_attention_triton.backward((grad_slots, grad_attention), tape, *split(args))
+
+
 def _cpu_backward(grad_slots, grad_attention, tape, *args):
     return slot_attention_cpu.backward((grad_slots, grad_attention), tape, *split(args))
 
@@ -310,6 +327,13 @@ _op = Op(
             _cpu_backward,
             lambda *args: slot_attention_cpu.refuse(args[0]),
             lambda *args: slot_attention_cpu.plan(args[0], args[1]),
+        ),
+        Backend(
+            "triton",
+            _triton_forward,
+            _triton_backward,
+            lambda *args: slot_attention_triton.refuse(args[0], args[1]),
+            lambda *args: str(slot_attention_triton.plan(args[0], args[1])),
         ),
     ),
 )

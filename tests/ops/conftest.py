@@ -117,7 +117,7 @@ def assert_launches_fit(request, compile_ahead):
                 continue  # another step
             seen.add(tuple(constants.values()))
             types = dict(zip(function.arg_names, map(type_of, given), strict=False))
-            types |= {name: "i32" for name in ("T", "B", "first", "last")} | constants
+            types |= dict.fromkeys(function.do_not_specialize, "i32") | constants
             options.pop("launch_cooperative_grid", None)
             compile_ahead(function, types, **options).assert_fits()
         assert seen

@@ -1,7 +1,9 @@
-"""Slot attention: its backward by hand against autograd, and C++ against the reference."""
+"""Slot attention: its backward by hand against autograd, and C++ and Triton against the reference."""
 
+import dataclasses
 import importlib
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -36,6 +38,14 @@ class Case:
                 self.weights[name] += 1
         self.options = options
 
+    def to(self, *to):
+        """A copy on another device, or in another dtype."""
+        other = object.__new__(type(self))
+        other.tensors, other.weights = ({k: x.to(*to) for k, x in y.items()} for y in (self.tensors, self.weights))
+        mask, device = self.options.get("slot_mask"), other.tensors["inputs"].device
+        other.options = self.options | ({} if mask is None else {"slot_mask": mask.to(device)})
+        return other
+
     @property
     def inputs(self):
         """Everything that has a gradient, by name."""
@@ -58,7 +68,7 @@ class Case:
 
 def grads_of(outputs):
     g = torch.Generator().manual_seed(99)
-    return [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype) for x in outputs]
+    return [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x) for x in outputs]
 
 
 def assert_same(actual, expected, tolerance=1e-5):
@@ -541,3 +551,168 @@ def test_bad_weights():
     x, s = Case().tensors.values()
     with pytest.raises(TypeError, match="weights: expected SlotAttentionWeights, got dict"):
         ops.slot_attention(x, s, {})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Triton.
+
+
+def triton_run(case, *, splits=1, fused=False, **options):
+    """With so many programs for the tokens of an element, whatever their number."""
+    kernels = importlib.import_module("phyxdream.kernels.slot_attention")
+
+    def plan(*args):
+        return dataclasses.replace(chosen(*args), splits=splits, fused=fused)
+
+    chosen = kernels.plan
+    with mock.patch.object(kernels, "plan", plan):
+        return case.run("triton", **options)
+
+
+def check_sizes_in_the_interpreter():
+    case = Case(dtype=torch.float32)
+    assert_same(triton_run(case), case.run("reference"))
+    for sizes in (
+        dict(B=1, N=1, K=1, I=3, D=3, Q=1, H=1),
+        dict(B=2, N=70, K=16, I=17, D=33, Q=15, H=31),
+        dict(B=4, N=40, K=5, I=40, D=64, Q=9, H=20),  # tiles of slots of several elements
+    ):
+        case = Case(dtype=torch.float32, iterations=2, **sizes)
+        assert_same(triton_run(case, fused=sizes["K"] == 16), case.run("reference"))
+    case = Case(B=1, N=100, K=2, iterations=2, dtype=torch.float32)
+    assert_same(triton_run(case, splits=5), case.run("reference"))  # the last of them without a token
+
+
+def check_options_in_the_interpreter():
+    for options in (
+        dict(iterations=1, eps=0.1),
+        dict(slot_mask=MASK, iterations=2),
+        dict(slot_mask=MASK, eps=0.0, implicit=True, iterations=2, layer_eps=0.1),
+        dict(implicit=True, iterations=2, return_attention=False),
+    ):
+        case = Case(dtype=torch.float32, **options)
+        fused = "eps" in options
+        assert_same(triton_run(case, fused=fused), case.run("reference"))
+
+
+def check_what_else_triton_takes_in_the_interpreter():
+    case = Case(dtype=torch.float32, iterations=2, slot_mask=MASK)
+    case.tensors = {k: x.movedim(0, -1).contiguous().movedim(-1, 0) for k, x in case.tensors.items()}
+    case.weights = {k: x.t().contiguous().t() for k, x in case.weights.items()}
+    case.options["slot_mask"] = MASK.t().contiguous().t()
+    expected = case.run("reference")
+    assert_same(triton_run(case), expected)
+
+    found = []
+    for backend in ("triton", "reference"):
+        for left in (0, 1):
+            leaves = {k: x.clone().requires_grad_() for k, x in case.inputs.items()}
+            with ops.use_backend(backend):
+                result = case.call(leaves)[left]
+            result.square().sum().backward()
+            found.append({f"{left} {k}": x.grad for k, x in leaves.items()})
+    assert_same(found[0] | {k.replace("0", "1", 1): x for k, x in found[1].items()}, found[2] | found[3])
+
+    # float16 rounds at 2⁻¹¹ what enters every product; the interpreter knows no bfloat16.
+    half = {k: x.half() for k, x in case.inputs.items()}
+    with ops.use_backend("triton"), torch.no_grad():
+        slots, attention = case.call(half)
+    assert slots.dtype is attention.dtype is torch.float16
+    got = {"slots": slots.float(), "attention": attention.float()}
+    assert_same(got, {k: expected[k] for k in got}, 1e-2)
+
+    for sizes, message in ((dict(K=17), "at most 16 slots"), (dict(I=65), "at most 64 features in torch.float32")):
+        with ops.use_backend("triton"), pytest.raises(BackendError, match=message):
+            Case(dtype=torch.float32, **sizes).call()
+    x, s = case.tensors.values()
+    with ops.use_backend("triton"):
+        reasons = ops.explain(ops.slot_attention, x, s, SlotAttentionWeights(**case.weights)).reasons
+    assert "1 program for the tokens of each of 3 elements, 64 at a time, two launches" in reasons["triton"]
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        check_sizes_in_the_interpreter,
+        check_options_in_the_interpreter,
+        check_what_else_triton_takes_in_the_interpreter,
+    ],
+)
+def test_triton_in_the_interpreter(run_interpreted, check):
+    run_interpreted(check)
+
+
+def assert_compiles_and_fits(assert_launches_fit, direction, dtype, **sizes):
+    kernels = pytest.importorskip("phyxdream.kernels.slot_attention")
+
+    def call():
+        case = Case(dtype=dtype, slot_mask=torch.ones(sizes["B"], sizes["K"], dtype=torch.bool), **sizes)
+        x, s = case.tensors.values()
+        args = op._prepare(x, s, SlotAttentionWeights(**case.weights), **case.options)
+        outputs = op._triton_forward(*args)
+        op._triton_backward(*outputs, *args)
+
+    assert_launches_fit(call, kernels, f"{direction}_kernel")
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_triton_compiles_and_fits(assert_launches_fit, direction):
+    sizes = dict(B=1024, N=64, K=7, I=64, D=64, Q=64, H=128)
+    assert_compiles_and_fits(assert_launches_fit, direction, torch.bfloat16, **sizes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(B=1024, N=64, K=7, I=64, D=64, Q=64, H=128),
+        dict(B=32, N=4096, K=7, I=64, D=64, Q=64, H=128),
+        dict(B=64, N=256, K=16, I=128, D=128, Q=128, H=256),
+        dict(B=64, N=100, K=5, I=33, D=19, Q=7, H=40),
+    ],
+    ids=str,
+)
+def test_triton_compiles_and_fits_at_all_sizes(assert_launches_fit, sizes, dtype, direction):
+    if dtype is torch.float32 and sizes["D"] > 64:
+        pytest.skip("refused")
+    assert_compiles_and_fits(assert_launches_fit, direction, dtype, **sizes)
+
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@on_a_gpu
+@pytest.mark.parametrize(
+    "options", [{}, dict(implicit=True, iterations=2), dict(eps=0.1, return_attention=False)], ids=str
+)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(B=1, N=1, K=1, I=3, D=3, Q=1, H=1),
+        dict(B=5, N=100, K=7, I=64, D=64, Q=64, H=128),
+        dict(B=3, N=1100, K=16, I=33, D=19, Q=12, H=40),
+        dict(B=2, N=16384, K=5, I=64, D=64, Q=64, H=128),
+    ],
+    ids=str,
+)
+def test_triton_on_a_gpu(sizes, options):
+    mask = torch.rand(sizes["B"], sizes["K"], generator=torch.Generator().manual_seed(0)) < 0.8
+    case = Case(dtype=torch.float32, slot_mask=mask, **sizes, **options).to("cuda")
+    expected = case.run("reference")
+    for split in ({}, dict(splits=2), dict(fused=True)):
+        assert_same(triton_run(case, **split), expected)
+    got = case.to("cuda", torch.bfloat16).run("triton")  # which rounds at 2⁻⁸
+    assert all(x.dtype is torch.bfloat16 for x in got.values())
+    assert_same({k: x.float() for k, x in got.items()}, expected, 5e-2)
+
+
+@pytest.mark.gpu
+@on_a_gpu
+def test_opcheck_on_a_gpu():
+    case = Case(dtype=torch.float32).to("cuda")
+    leaves = {k: x.clone().requires_grad_() for k, x in case.inputs.items()}
+    weights = SlotAttentionWeights(*(leaves[name] for name in case.weights))
+    opcheck(torch.ops.phyxdream.slot_attention.default, op._prepare(leaves["inputs"], leaves["slots"], weights))
