@@ -285,8 +285,8 @@ class SpritesEnv(gymnasium.Env):
 
     The reward is the part of the way that a step brings the disc nearer, so that the return of an episode is
     1 - (distance at its end) / (distance at its start): 1 for a perfect policy, 0 for one that does nothing. Distances
-    count from `TOLERANCE` off the square's centre. Episodes have 50 steps (gymnasium's `max_episode_steps`), which is
-    twice what the longest way takes, and do not end at the goal: the disc must stay there.
+    count from `TOLERANCE` off the square's centre. Episodes have 50 steps (gymnasium's `max_episode_steps`), of which
+    the longest way takes a third, and do not end at the goal: the disc must stay there.
 
     Observation: a picture (S, S, 3) uint8, or a dict of it and of `segmentation`. Actions: 0 rest, 1 left, 2 right,
     3 up, 4 down; or the shares in [-1, 1] of the longest step to the right and down.
@@ -296,7 +296,7 @@ class SpritesEnv(gymnasium.Env):
         distractors: how many other sprites there are, which drift on their own and change nothing.
         continuous: actions are Box(-1, 1, (2,)) instead of Discrete(5).
         segmentation: observe the mask (S, S) uint8 as well: 0 background, 1 square, 2 disc, 3 and on distractors.
-        texture: a gentle pattern on the background.
+        texture: a background that differs between episodes, with a gentle pattern, instead of one grey.
         render_mode: None or "rgb_array".
 
     Raises:
@@ -306,9 +306,10 @@ class SpritesEnv(gymnasium.Env):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 15}  # noqa: RUF012  (gymnasium's own name and type)
 
     MOVES = np.array([(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)], np.float64)
-    STEP, TOLERANCE, APART = 0.06, 0.06, 0.3
-    SQUARE = {"shape": "square", "radius": 0.18, "colour": (0.9, 0.9, 0.8)}  # noqa: RUF012
-    DISC = {"shape": "disc", "radius": 0.12, "colour": (0.95, 0.15, 0.1)}  # noqa: RUF012
+    STEP, TOLERANCE, APART = 0.1, 0.08, 0.3
+    GREY = 0.1
+    SQUARE = {"shape": "square", "radius": 0.22, "colour": (0.9, 0.9, 0.8)}  # noqa: RUF012
+    DISC = {"shape": "disc", "radius": 0.16, "colour": (0.95, 0.15, 0.1)}  # noqa: RUF012
 
     def __init__(
         self,
@@ -330,7 +331,7 @@ class SpritesEnv(gymnasium.Env):
         self.observation_space = spaces.Dict(image=picture, segmentation=mask) if segmentation else picture
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Start an episode: all places, the distractors and the background are drawn anew."""
+        """Start an episode: all places and the distractors are drawn anew."""
         super().reset(seed=seed)
         rng, count = self.np_random, (self._distractors, self._distractors)
         # Greens to violets, which neither the disc nor the square have.
@@ -352,7 +353,7 @@ class SpritesEnv(gymnasium.Env):
         order = np.concatenate([[[0]], others.order + 2, [[1]]], 1)
         self._sprites = Sprites(**joined, order=order)
         self._velocity = velocities(rng, 1, self._distractors, (0.01, 0.03))[0]
-        self._background = backdrop(rng, 1, self._size, self._texture)
+        self._background = backdrop(rng, 1, self._size, True) if self._texture else np.full((1, 3), self.GREY)
         self._start = self._distance()
         return self._observe(), {}
 
