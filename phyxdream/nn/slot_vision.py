@@ -3,16 +3,16 @@ own, and both together as an autoencoder.
 
     tokens  = MLP(LN(conv(picture) + position)), normalised over them    (N, H'·W', I)
     slots   = slot attention over the tokens                             (N, K, D)
-    parts   = MLP((1 + W slot)·position + V slot), for every patch        (N, K, H, W, C + 1)
+    parts   = MLP(W slot + position), for every patch                    (N, K, H, W, C + 1)
     masks   = softmax over slots of the last channel     picture = Σ_k mask_k · colour_k
 
 Sources: Locatello et al., "Object-Centric Learning with Slot Attention", 2020, for all but the decoder's layers; Kipf
 et al., "Conditional Object-Centric Learning from Video", 2022, for slots that go on from frame to frame. Their decoder
-is a stack of transposed convolutions for each slot, which is most of the work of a step. Here a slot scales and shifts
-the code of each patch's position, which is computed once for all pictures and slots, and dense layers turn the result
-into the patch: products of matrices, and nothing at full resolution but the answer. With products of slot and position
-(Perez et al., "FiLM", 2018) and sines of the position, outlines around any place are near at hand; sums of both take
-twice as many steps to them.
+is a stack of transposed convolutions for each slot, which is most of the work of a step. Here a slot meets the position
+of each patch in a sum, of which the position's part is computed once for all pictures and slots, and dense layers turn
+the sum into the patch: products of matrices, and nothing at full resolution but the answer. (Sines of the position, and
+products of it with slots, fit given shapes in half the steps; but a decoder that cuts a picture up so easily does it
+before slots have found objects, and keeps to its regions.)
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from phyxdream.errors import ConfigError
 from phyxdream.nn.distributions import SlotMixture
-from phyxdream.nn.layers import MLP, linear
+from phyxdream.nn.layers import MLP, linear, norm_act
 from phyxdream.nn.slots import SlotAttention, SlotTransformer
 from phyxdream.nn.vision import ChannelNormAct, as_float_image, check_image, conv
 
@@ -41,12 +41,6 @@ def grid(height: int, width: int) -> Tensor:
     y, x = ((torch.arange(n) + 0.5) / n for n in (height, width))
     y, x = torch.meshgrid(y, x, indexing="ij")
     return torch.stack([x, y, 1 - x, 1 - y], -1).flatten(0, 1)
-
-
-def waves(cells: Tensor, octaves: int = 3) -> Tensor:
-    """Cells (N, 4) of `grid`, and beside them sines and cosines of x and y with 1/2, 1, 2, ... periods a picture."""
-    angles = [math.pi * 2**k * cells[:, :2] for k in range(octaves)]
-    return torch.cat([cells, *(wave(angle) for angle in angles for wave in (torch.sin, torch.cos))], -1)
 
 
 class SoftPosition(nn.Module):
@@ -302,17 +296,15 @@ class SlotDecoder(nn.Module):
                 raise ConfigError(f"{name}: expected at least 1, got {value}")
         self.shape, self.patch, self.l1 = tuple(shape), patch, l1
         self.cells = math.ceil(shape[1] / patch), math.ceil(shape[2] / patch)
-        self.from_slot = linear(slot_size, 2 * hidden_size)
-        self.register_buffer("waves", waves(grid(*self.cells)), persistent=False)
-        self.position = nn.Sequential(
-            linear(self.waves.shape[1], hidden_size), nn.ReLU(), linear(hidden_size, hidden_size)
-        )
+        self.from_slot = linear(slot_size, hidden_size)
+        self.position = nn.Sequential(linear(4, hidden_size), nn.ReLU(), linear(hidden_size, hidden_size))
+        self.register_buffer("grid", grid(*self.cells), persistent=False)
+        self.first = nn.Sequential(*norm_act(norm, hidden_size, act))
         self.body = MLP(hidden_size, hidden_size, layers, act, norm)
         self.out = linear(hidden_size, patch * patch * (shape[0] + 1), scale=PAINT_SCALE)
 
     def forward(self, slots: Tensor) -> SlotMixture:
-        scale, shift = self.from_slot(slots).unsqueeze(-2).chunk(2, -1)  # (..., K, 1, hidden)
-        x = torch.addcmul(shift, scale + 1, self.position(self.waves))  # (..., K, cells, hidden)
+        x = self.first(self.from_slot(slots).unsqueeze(-2) + self.position(self.grid))  # (..., K, cells, hidden)
         parts = self.out(self.body(x))
         patches = parts.unflatten(-1, (-1, self.patch, self.patch)).unflatten(-4, self.cells)
         return SlotMixture.of_patches(patches, self.shape[1:], self.l1)
