@@ -187,21 +187,44 @@ PHYX_INLINE void copy(float* to, const float* from, int64_t features) {
 }
 
 #if defined(__GNUC__) && !defined(__clang__)
-// Exchanges what is off the diagonal of every square of twice `kSide`.
+// Of two rows that lie `kSide` apart, exchanges what is off the diagonal of every square of twice `kSide`.
 template <int kSide>
-PHYX_INLINE void exchange(Vector* rows) {
+PHYX_INLINE void exchange(Vector& a, Vector& b) {
   typedef int Places __attribute__((vector_size(4 * kLanes)));
   Places first{}, second{};
   for (int l = 0; l < kLanes; ++l) {
     first[l] = l & kSide ? kLanes + (l ^ kSide) : l;
     second[l] = l & kSide ? kLanes + l : l ^ kSide;
   }
-  for (int r = 0; r < kLanes; ++r) {
-    if (r & kSide) continue;
-    const Vector a = rows[r], b = rows[r + kSide];
-    rows[r] = __builtin_shuffle(a, b, first);
-    rows[r + kSide] = __builtin_shuffle(a, b, second);
+  const Vector x = a, y = b;
+  a = __builtin_shuffle(x, y, first);
+  b = __builtin_shuffle(x, y, second);
+}
+
+template <int kSide>
+PHYX_INLINE void exchange(Vector* rows) {
+  for (int r = 0; r < kLanes; ++r)
+    if (!(r & kSide)) exchange<kSide>(rows[r], rows[r + kSide]);
+}
+
+// rows (kSide) <- of rows (2 kSide), neighbours of `kSide` lanes added up.
+template <int kSide>
+PHYX_INLINE void halve(Vector* rows) {
+  for (int r = 0; r < kSide; ++r) {
+    exchange<kSide>(rows[r], rows[r + kSide]);
+    rows[r] += rows[r + kSide];
   }
+}
+
+// to (16) <- sums over lanes of x (16, lanes).
+PHYX_INLINE void sum_lanes_of_tile(float* to, const float* x) {
+  Vector rows[kLanes];
+  for (int r = 0; r < kLanes; ++r) rows[r] = vectors(x)[r];
+  halve<8>(rows);
+  halve<4>(rows);
+  halve<2>(rows);
+  halve<1>(rows);
+  *vectors(to) = rows[0];
 }
 
 // to (16, 16) <- fromᵀ, in registers where there are 32.
@@ -218,6 +241,13 @@ PHYX_INLINE void transpose(float* to, int64_t to_row, const float* from, int64_t
 PHYX_INLINE void transpose(float* to, int64_t to_row, const float* from, int64_t from_row) {
   for (int r = 0; r < kLanes; ++r)
     for (int l = 0; l < kLanes; ++l) to[r * to_row + l] = from[l * from_row + r];
+}
+
+PHYX_INLINE void sum_lanes_of_tile(float* to, const float* x) {
+  for (int r = 0; r < kLanes; ++r) {
+    to[r] = 0.0f;
+    for (int l = 0; l < kLanes; ++l) to[r] += x[r * kLanes + l];
+  }
 }
 #endif
 
@@ -236,13 +266,15 @@ PHYX_INLINE void write_rows(float* rows, int64_t stride, int lanes, const float*
   to_rows(rows + f, stride, lanes, from + f * kLanes, static_cast<int>(features - f));
 }
 
-// to (count) = sums over lanes of x (count, lanes), the lanes folded in halves.
-PHYX_INLINE void sum_lanes(float* __restrict to, float* __restrict x, int64_t count) {
-  for (int64_t i = 0; i < count; ++i)
-    for (int l = 0; l < 8; ++l) x[i * 8 + l] = x[i * 16 + l] + x[i * 16 + 8 + l];
-  for (int64_t i = 0; i < count; ++i)
-    for (int l = 0; l < 4; ++l) x[i * 4 + l] = x[i * 8 + l] + x[i * 8 + 4 + l];
-  for (int64_t i = 0; i < count; ++i) to[i] = (x[4 * i] + x[4 * i + 1]) + (x[4 * i + 2] + x[4 * i + 3]);
+// to (count) <- sums over lanes of x (count, lanes).
+PHYX_INLINE void sum_lanes(float* to, const float* x, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) sum_lanes_of_tile(to + i, x + i * kLanes);
+  if (i == count) return;
+  alignas(64) float rest[kLanes * kLanes] = {}, sums[kLanes];
+  copy(rest, x + i * kLanes, count - i);
+  sum_lanes_of_tile(sums, rest);
+  std::memcpy(to + i, sums, sizeof(float) * (count - i));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -800,9 +832,11 @@ void add_weight_gradients(const SlotCall& c, const std::vector<WeightGradient>& 
             w.weight[(first + o) * inputs + j] += sums[(j - i) / kTile][o * kLanes + (j - i) % kTile];
       }
       if (!w.bias) continue;
-      Vector sum{};
-      for (int64_t row = 0; row < rows; ++row) sum += vectors(panel)[row];
-      for (int64_t o = 0; o < count; ++o) w.bias[first + o] += sum[static_cast<int>(o)];
+      Vector sum[4] = {};  // one would wait for itself
+      for (int64_t row = 0; row < rows; row += 4)
+        for (int i = 0; i < 4; ++i) sum[i] += vectors(panel)[row + i];
+      const Vector all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+      for (int64_t o = 0; o < count; ++o) w.bias[first + o] += all[static_cast<int>(o)];
     }
     before += tiles;
   }
