@@ -1,9 +1,10 @@
 """slot_attention: three iterations, without the attention among the results.
 
-FLOP counts what remains when queries are asked of the inputs themselves: for every token, slot and iteration two
-products of length D forward (logits and sums) and five more backward (logits again, the slopes, two ways into the token
-and one into the query); and for every slot and iteration the matrices of queries, values, GRU and MLP, with two more of
-each for the gradients of its two factors. The reference, which makes keys and values of all tokens, does more.
+FLOP counts what remains when queries are asked of the inputs themselves, and gates of the GRU read what is pooled of
+them: for every token, slot and iteration two products of length D forward (logits and sums) and five more backward
+(logits again, the slopes, two ways into the token and one into the query); and for every slot and iteration the
+matrices of queries, GRU and MLP, with two more of each for the gradients of its two factors. The reference, which makes
+keys and values of all tokens, does more.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def build(size: Size, direction: str, device: torch.device) -> Call:
         return ops.slot_attention(inputs, slots, model.weights, iterations=ITERATIONS, return_attention=False)[0]
 
     of_token, of_slot = PRODUCTS[direction]
-    matrices = 2 * D * D + 2 * 3 * D * D + 2 * D * HIDDEN
+    matrices = D * D + 2 * 3 * D * D + 2 * D * HIDDEN
     return Call(
         attend,
         (inputs, slots),

@@ -1,9 +1,9 @@
 // Slot attention and its gradients (contract and reference: phyxdream/ops/slot_attention.py).
 //
-// Keys and values are never made. With h the normalised inputs, without gain g and shift b,
-//   k·q = h·u + c,   u = g ⊙ W_kᵀq,   c = b·W_kᵀq            (K vectors u for each element of the batch)
-//   updates = W_v (g ⊙ m + b),   m = Σ w h / Σ w,   w = A + eps
-// so a pass over the tokens reads h alone: K products for the logits, K for the sums. Backward, with e the gradient of m
+// Keys and values are never made. With h the normalised inputs, without gain and shift, and y the normalised slots,
+//   k·q = h·u + c,   u = U y,   c = o·y                      (K vectors u for each element of the batch)
+//   input gates of the GRU = G m + bias,   m = Σ w h / Σ w,   w = A + eps
+// where U, o and G are products of weights (phyxdream/ops/slot_attention_weights.py), so a pass over the tokens reads h alone: K products for the logits, K for the sums. Backward, with e the gradient of m
 // divided by Σ w, and t = m·e, which is what Σ_n w (h·e) would give:
 //   dA = h·e - t      dl = A ⊙ (dA - Σ_k A dA)      dh += Σ_k dl u + w e      du = Σ_n dl h      dc = Σ_n dl
 // The softmax is over slots, so it never leaves a token, and nothing of size N·K is kept.
@@ -57,14 +57,14 @@ struct Map {
 
 // What the forward keeps of a group and an iteration, as numbers of features.
 struct Tape {
-  int64_t slots, mean, inverse, query, pooled, total, updates, reset, update, candidate, hidden_candidate, mlp_mean,
+  int64_t slots, mean, inverse, query, offset, pooled, total, reset, update, candidate, hidden_candidate, mlp_mean,
       mlp_inverse, hidden, size;
 
-  Tape(int64_t I, int64_t D, int64_t Q, int64_t H) {
+  Tape(int64_t I, int64_t D, int64_t H) {
     int64_t at = 0;
     for (const auto& [field, features] :
-         {std::pair{&slots, D}, {&mean, int64_t{1}}, {&inverse, int64_t{1}}, {&query, I}, {&pooled, I},
-          {&total, int64_t{1}}, {&updates, Q}, {&reset, D}, {&update, D}, {&candidate, D}, {&hidden_candidate, D},
+         {std::pair{&slots, D}, {&mean, int64_t{1}}, {&inverse, int64_t{1}}, {&query, I}, {&offset, int64_t{1}},
+          {&pooled, I}, {&total, int64_t{1}}, {&reset, D}, {&update, D}, {&candidate, D}, {&hidden_candidate, D},
           {&mlp_mean, int64_t{1}}, {&mlp_inverse, int64_t{1}}, {&hidden, H}}) {
       *field = at;
       at += features;
@@ -84,7 +84,7 @@ struct Factor {
 };
 
 struct Factors {
-  Factor query, normed, updates, pooled, gates, hidden_gates, from_updates, slots, hidden, mlp_normed, out, from_hidden;
+  Factor query, normed, pooled, candidate, reset, update, hidden_candidate, slots, hidden, mlp_normed, out, from_hidden;
 };
 
 // The gradient of a weight (outputs, inputs), to which it is added, and of the bias, if there is one.
@@ -96,34 +96,34 @@ struct WeightGradient {
 }  // namespace
 
 struct SlotCall {
-  int64_t B, N, K, I, D, Q, H, iterations, taped;
+  int64_t B, N, K, I, D, H, iterations, taped;
   int threads;
   float eps, layer_eps;
   const float* inputs;
   int64_t inputs_element, inputs_token;
   const float* slots;
   const uint8_t* mask;
-  const float *inputs_gain, *inputs_shift, *slots_gain, *slots_shift, *input_bias, *hidden_bias, *mlp_gain, *mlp_shift,
-      *mlp_in_bias, *mlp_out_bias;
+  const float *offset_weight, *slots_gain, *slots_shift, *input_bias, *hidden_bias, *mlp_gain, *mlp_shift, *mlp_in_bias,
+      *mlp_out_bias;
   float *slots_out, *attention, *tape_data;
-  Tape tape{0, 0, 0, 0};
+  Tape tape{0, 0, 0};
   int64_t tiles, chunks, rows, groups, side_by_side;
 
   Floats tokens;                  // h, (B, tiles, I, lanes)
   Floats inverse;                 // (B, tiles, lanes)
   Floats query, offset;           // u (rows, I) and c (rows)
   Floats pooled, total;           // Σ w h (B, chunks, K, I) and Σ w (B, chunks, K); in the backward du and dc
-  Map to_query, to_updates, input_gates, hidden_gates, mlp_in, mlp_out;  // in the backward transposed
+  Map to_query, input_gates, hidden_gates, mlp_in, mlp_out;  // in the backward transposed
 
   const float *grad_slots, *grad_attention;
   float *grad_given, *grad_inputs;
-  float* affine[6];               // gradients of gain and shift: slots, MLP, inputs
+  float* vector_grads[5];         // gradients of gain and shift of slots and MLP, and of o
   Factors factors;
   int64_t factor_rows;            // slots in whole groups, of all differentiated iterations
   Floats pooled_grad, pooled_dot; // e (rows, I) and t (rows)
   Floats tokens_grad;             // dh, (B, tiles, I rounded up, lanes)
   Floats carry;                   // gradient of the slots, (groups, D rounded up, lanes)
-  Floats affine_sums;             // (groups, 4 D + 2 I, lanes)
+  Floats vector_sums;             // (groups, 5 D, lanes)
 
   float* token_tile(int64_t b, int64_t tile) const { return tokens.get() + (b * tiles + tile) * I * kLanes; }
   float* grad_tile(int64_t b, int64_t tile) const { return tokens_grad.get() + (b * tiles + tile) * tiled(I) * kLanes; }
@@ -187,21 +187,44 @@ PHYX_INLINE void copy(float* to, const float* from, int64_t features) {
 }
 
 #if defined(__GNUC__) && !defined(__clang__)
-// Exchanges what is off the diagonal of every square of twice `kSide`.
+// Of two rows that lie `kSide` apart, exchanges what is off the diagonal of every square of twice `kSide`.
 template <int kSide>
-PHYX_INLINE void exchange(Vector* rows) {
+PHYX_INLINE void exchange(Vector& a, Vector& b) {
   typedef int Places __attribute__((vector_size(4 * kLanes)));
   Places first{}, second{};
   for (int l = 0; l < kLanes; ++l) {
     first[l] = l & kSide ? kLanes + (l ^ kSide) : l;
     second[l] = l & kSide ? kLanes + l : l ^ kSide;
   }
-  for (int r = 0; r < kLanes; ++r) {
-    if (r & kSide) continue;
-    const Vector a = rows[r], b = rows[r + kSide];
-    rows[r] = __builtin_shuffle(a, b, first);
-    rows[r + kSide] = __builtin_shuffle(a, b, second);
+  const Vector x = a, y = b;
+  a = __builtin_shuffle(x, y, first);
+  b = __builtin_shuffle(x, y, second);
+}
+
+template <int kSide>
+PHYX_INLINE void exchange(Vector* rows) {
+  for (int r = 0; r < kLanes; ++r)
+    if (!(r & kSide)) exchange<kSide>(rows[r], rows[r + kSide]);
+}
+
+// rows (kSide) <- of rows (2 kSide), neighbours of `kSide` lanes added up.
+template <int kSide>
+PHYX_INLINE void halve(Vector* rows) {
+  for (int r = 0; r < kSide; ++r) {
+    exchange<kSide>(rows[r], rows[r + kSide]);
+    rows[r] += rows[r + kSide];
   }
+}
+
+// to (16) <- sums over lanes of x (16, lanes).
+PHYX_INLINE void sum_lanes_of_tile(float* to, const float* x) {
+  Vector rows[kLanes];
+  for (int r = 0; r < kLanes; ++r) rows[r] = vectors(x)[r];
+  halve<8>(rows);
+  halve<4>(rows);
+  halve<2>(rows);
+  halve<1>(rows);
+  *vectors(to) = rows[0];
 }
 
 // to (16, 16) <- fromᵀ, in registers where there are 32.
@@ -218,6 +241,13 @@ PHYX_INLINE void transpose(float* to, int64_t to_row, const float* from, int64_t
 PHYX_INLINE void transpose(float* to, int64_t to_row, const float* from, int64_t from_row) {
   for (int r = 0; r < kLanes; ++r)
     for (int l = 0; l < kLanes; ++l) to[r * to_row + l] = from[l * from_row + r];
+}
+
+PHYX_INLINE void sum_lanes_of_tile(float* to, const float* x) {
+  for (int r = 0; r < kLanes; ++r) {
+    to[r] = 0.0f;
+    for (int l = 0; l < kLanes; ++l) to[r] += x[r * kLanes + l];
+  }
 }
 #endif
 
@@ -236,13 +266,15 @@ PHYX_INLINE void write_rows(float* rows, int64_t stride, int lanes, const float*
   to_rows(rows + f, stride, lanes, from + f * kLanes, static_cast<int>(features - f));
 }
 
-// to (count) = sums over lanes of x (count, lanes), the lanes folded in halves.
-PHYX_INLINE void sum_lanes(float* __restrict to, float* __restrict x, int64_t count) {
-  for (int64_t i = 0; i < count; ++i)
-    for (int l = 0; l < 8; ++l) x[i * 8 + l] = x[i * 16 + l] + x[i * 16 + 8 + l];
-  for (int64_t i = 0; i < count; ++i)
-    for (int l = 0; l < 4; ++l) x[i * 4 + l] = x[i * 8 + l] + x[i * 8 + 4 + l];
-  for (int64_t i = 0; i < count; ++i) to[i] = (x[4 * i] + x[4 * i + 1]) + (x[4 * i + 2] + x[4 * i + 3]);
+// to (count) <- sums over lanes of x (count, lanes).
+PHYX_INLINE void sum_lanes(float* to, const float* x, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) sum_lanes_of_tile(to + i, x + i * kLanes);
+  if (i == count) return;
+  alignas(64) float rest[kLanes * kLanes] = {}, sums[kLanes];
+  copy(rest, x + i * kLanes, count - i);
+  sum_lanes_of_tile(sums, rest);
+  std::memcpy(to + i, sums, sizeof(float) * (count - i));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -526,17 +558,6 @@ PHYX_INLINE void collect(const SlotCall& c, int64_t group, float* pooled, float*
   read_rows(pooled, rows, c.I, lanes, c.I);
 }
 
-// From W_kᵀq (I, lanes) to u (I, lanes) and c (lanes).
-PHYX_INLINE void ask(const SlotCall& c, const float* query, float* to, float* offset) {
-  Vector sum{};
-  for (int64_t i = 0; i < c.I; ++i) {
-    const Vector q = vectors(query)[i];
-    sum += c.inputs_shift[i] * q;
-    vectors(to)[i] = c.inputs_gain[i] * q;
-  }
-  *vectors(offset) = sum;
-}
-
 // The cell of `torch.nn.GRUCell` from its two halves of gates; what the backward needs is kept.
 PHYX_INLINE void gru(int64_t size, const float* __restrict x, const float* __restrict y, const float* __restrict s,
                      float* __restrict reset, float* __restrict update, float* __restrict candidate,
@@ -550,19 +571,20 @@ PHYX_INLINE void gru(int64_t size, const float* __restrict x, const float* __res
   }
 }
 
-// Gradients of both halves of gates from that of the cell, grad = out + inner; what goes by the update gate is added.
+// Gradients of candidate, reset, update and hidden candidate, in this order, from that of the cell, out + inner; what
+// goes by the update gate is added to the carry.
 PHYX_INLINE void gru_backward(int64_t size, const float* __restrict out, const float* __restrict inner,
                               const float* __restrict s, const float* __restrict reset, const float* __restrict update,
                               const float* __restrict candidate, const float* __restrict hidden_candidate,
-                              float* __restrict carry, float* __restrict x, float* __restrict y) {
+                              float* __restrict carry, float* __restrict gates) {
   for (int64_t i = 0; i < size; ++i) {
     const float d = out[i] + inner[i];
     const float of_candidate = d * (1.0f - update[i]) * (1.0f - candidate[i] * candidate[i]);
     carry[i] += d * update[i];
-    x[i] = y[i] = of_candidate * hidden_candidate[i] * reset[i] * (1.0f - reset[i]);
-    x[size + i] = y[size + i] = d * (s[i] - candidate[i]) * update[i] * (1.0f - update[i]);
-    x[2 * size + i] = of_candidate;
-    y[2 * size + i] = of_candidate * reset[i];
+    gates[i] = of_candidate;
+    gates[size + i] = of_candidate * hidden_candidate[i] * reset[i] * (1.0f - reset[i]);
+    gates[2 * size + i] = d * (s[i] - candidate[i]) * update[i] * (1.0f - update[i]);
+    gates[3 * size + i] = of_candidate * reset[i];
   }
 }
 
@@ -579,6 +601,13 @@ PHYX_INLINE void write_factor(const SlotCall& c, const Factor& to, int64_t itera
   }
 }
 
+// Hands what is asked of the inputs, u and c, to a pass over the tokens.
+PHYX_INLINE void ask(const SlotCall& c, int64_t iteration, int64_t group) {
+  const int rows = c.rows_in(group);
+  write_rows(c.query.get() + group * kLanes * c.I, c.I, rows, c.tape_at(iteration, group, c.tape.query), c.I);
+  to_rows(c.offset.get() + group * kLanes, 1, rows, c.tape_at(iteration, group, c.tape.offset), 1);
+}
+
 PHYX_INLINE bool absent(const SlotCall& c, int64_t group, int lane) {
   return c.mask && !c.mask[group * kLanes + lane];
 }
@@ -587,18 +616,16 @@ PHYX_INLINE bool absent(const SlotCall& c, int64_t group, int lane) {
 
 // Groups [begin, end) at the border before `iteration`: the end of the one before it, then the queries of this one.
 PHYX_MULTIVERSION void slot_forward_rows(const SlotCall& c, int64_t iteration, int64_t begin, int64_t end) {
-  const int64_t I = c.I, D = c.D, Q = c.Q, H = c.H, most = 2;
-  const int64_t DP = tiled(D), IP = tiled(I), QP = tiled(Q), HP = tiled(H), GP = tiled(3 * D);
-  const Floats slots_(most * DP * kLanes), wide_(most * IP * kLanes), updates_(most * QP * kLanes),
-      gates_(2 * most * GP * kLanes), normed_(most * DP * kLanes), hidden_(most * HP * kLanes),
-      sums_(IP * kLanes);
+  const int64_t I = c.I, D = c.D, H = c.H, most = 2;
+  const int64_t DP = tiled(D), IP = tiled(I), HP = tiled(H), GP = tiled(3 * D);
+  const Floats slots_(most * DP * kLanes), wide_(most * IP * kLanes), gates_(2 * most * GP * kLanes),
+      normed_(most * DP * kLanes), hidden_(most * HP * kLanes);
   for (int64_t first = begin * c.side_by_side; first < std::min(c.groups, end * c.side_by_side);
        first += c.side_by_side) {
     const int count = static_cast<int>(std::min(c.side_by_side, c.groups - first));
     const int64_t gap = c.tape.size * kLanes;
     const auto slots = [&](int g) { return slots_.get() + g * DP * kLanes; };
     const auto wide = [&](int g) { return wide_.get() + g * IP * kLanes; };
-    const auto updates = [&](int g) { return updates_.get() + g * QP * kLanes; };
     const auto input_gates = [&](int g) { return gates_.get() + g * GP * kLanes; };
     const auto hidden_gates = [&](int g) { return gates_.get() + (most + g) * GP * kLanes; };
     const auto normed = [&](int g) { return normed_.get() + g * DP * kLanes; };
@@ -610,24 +637,17 @@ PHYX_MULTIVERSION void slot_forward_rows(const SlotCall& c, int64_t iteration, i
       const auto tape = [&](int g, int64_t field) { return c.tape_at(iteration - 1, first + g, field); };
       for (int g = 0; g < count; ++g) {
         float *pooled = tape(g, c.tape.pooled), *total = tape(g, c.tape.total);
-        collect(c, first + g, pooled, total, sums_.get());
+        collect(c, first + g, pooled, total, wide(0));
         for (int l = 0; l < kLanes; ++l)
           if (l >= c.rows_in(first + g) || absent(c, first + g, l)) total[l] = 1.0f;  // without eps, 0
         const Vector share = 1.0f / *vectors(total);
-        for (int64_t i = 0; i < I; ++i) {
-          const Vector m = vectors(pooled)[i] * share;
-          vectors(pooled)[i] = m;
-          vectors(wide(g))[i] = c.inputs_gain[i] * m + c.inputs_shift[i];
-        }
-        clear(updates(g), QP);
+        for (int64_t i = 0; i < I; ++i) vectors(pooled)[i] *= share;
         broadcast(input_gates(g), c.input_bias, 3 * D);
         broadcast(hidden_gates(g), c.hidden_bias, 3 * D);
       }
-      c.to_updates.add(count, wide(0), IP * kLanes, updates(0), QP * kLanes);
-      c.input_gates.add(count, updates(0), QP * kLanes, input_gates(0), GP * kLanes);
+      c.input_gates.add(count, tape(0, c.tape.pooled), gap, input_gates(0), GP * kLanes);
       c.hidden_gates.add(count, tape(0, c.tape.slots), gap, hidden_gates(0), GP * kLanes);
       for (int g = 0; g < count; ++g) {
-        copy(tape(g, c.tape.updates), updates(g), Q);
         const float *x = input_gates(g), *y = hidden_gates(g), *s = tape(g, c.tape.slots);
         float *reset = tape(g, c.tape.reset), *update = tape(g, c.tape.update), *candidate = tape(g, c.tape.candidate),
               *hidden_candidate = tape(g, c.tape.hidden_candidate), *to = slots(g);
@@ -660,17 +680,16 @@ PHYX_MULTIVERSION void slot_forward_rows(const SlotCall& c, int64_t iteration, i
       copy(c.tape_at(iteration, group, c.tape.slots), slots(g), D);
       moments(slots(g), D, c.layer_eps, mean, inverse);
       normalise(normed(g), slots(g), D, mean, inverse, c.slots_gain, c.slots_shift);
+      Vector sum{};
+      for (int64_t i = 0; i < D; ++i) sum += c.offset_weight[i] * vectors(normed(g))[i];
+      *vectors(c.tape_at(iteration, group, c.tape.offset)) = sum;
       clear(wide(g), IP);
     }
     if (iteration == c.iterations) continue;
     c.to_query.add(count, normed(0), DP * kLanes, wide(0), IP * kLanes);
     for (int g = 0; g < count; ++g) {
-      const int64_t group = first + g;
-      float offset[kLanes], *query = wide(g);
-      copy(c.tape_at(iteration, group, c.tape.query), query, I);
-      ask(c, query, query, offset);
-      write_rows(c.query.get() + group * kLanes * I, I, c.rows_in(group), query, I);
-      to_rows(c.offset.get() + group * kLanes, 1, c.rows_in(group), offset, 1);
+      copy(c.tape_at(iteration, first + g, c.tape.query), wide(g), I);
+      ask(c, iteration, first + g);
     }
   }
 }
@@ -678,23 +697,20 @@ PHYX_MULTIVERSION void slot_forward_rows(const SlotCall& c, int64_t iteration, i
 // The same backwards: from the pass over the tokens of `iteration` to the slots before it, then to what the pass
 // of the iteration before it needs.
 PHYX_MULTIVERSION void slot_backward_rows(const SlotCall& c, int64_t iteration, int64_t begin, int64_t end) {
-  const int64_t I = c.I, D = c.D, Q = c.Q, H = c.H, most = 2, before = iteration - 1;
-  const int64_t DP = tiled(D), IP = tiled(I), QP = tiled(Q), HP = tiled(H), GP = tiled(3 * D);
-  const Floats wide_(most * IP * kLanes), updates_(most * QP * kLanes), gates_(2 * most * GP * kLanes),
-      narrow_(most * DP * kLanes), hidden_(most * HP * kLanes), out_(most * DP * kLanes),
-      spare_(std::max(2 * DP, IP) * kLanes);
+  const int64_t I = c.I, D = c.D, H = c.H, most = 2, before = iteration - 1;
+  const int64_t DP = tiled(D), IP = tiled(I), HP = tiled(H);
+  const Floats wide_(most * IP * kLanes), gates_(most * 4 * D * kLanes), narrow_(most * DP * kLanes),
+      hidden_(most * HP * kLanes), out_(most * DP * kLanes), spare_(std::max(2 * DP, IP) * kLanes);
   float* spare = spare_.get();
   for (int64_t first = begin * c.side_by_side; first < std::min(c.groups, end * c.side_by_side);
        first += c.side_by_side) {
     const int count = static_cast<int>(std::min(c.side_by_side, c.groups - first));
     const auto carry = [&](int g) { return c.carry.get() + (first + g) * DP * kLanes; };
     const auto wide = [&](int g) { return wide_.get() + g * IP * kLanes; };
-    const auto updates = [&](int g) { return updates_.get() + g * QP * kLanes; };
-    const auto input_gates = [&](int g) { return gates_.get() + g * GP * kLanes; };
-    const auto hidden_gates = [&](int g) { return gates_.get() + (most + g) * GP * kLanes; };
+    const auto gates = [&](int g) { return gates_.get() + g * 4 * D * kLanes; };
     const auto narrow = [&](int g) { return narrow_.get() + g * DP * kLanes; };
     const auto hidden = [&](int g) { return hidden_.get() + g * HP * kLanes; };
-    const auto sums = [&](int g, int64_t at) { return c.affine_sums.get() + ((first + g) * (4 * D + 2 * I) + at) * kLanes; };
+    const auto sums = [&](int g, int i) { return c.vector_sums.get() + ((first + g) * 5 + i) * D * kLanes; };
     // All 16 lanes are written, those beyond the slots as zeros in one of the two factors of a gradient.
     const auto write = [&](const Factor& to, int64_t of, int g, const float* from) {
       write_factor(c, to, of, first + g, from);
@@ -707,25 +723,22 @@ PHYX_MULTIVERSION void slot_backward_rows(const SlotCall& c, int64_t iteration, 
     } else {
       const auto tape = [&](int g, int64_t field) { return c.tape_at(iteration, first + g, field); };
       for (int g = 0; g < count; ++g) {
-        float offset[kLanes], *query = wide(g), *gain = sums(g, 4 * D), *shift = sums(g, 4 * D + I);
-        collect(c, first + g, query, offset, spare);
-        const Vector *forward = vectors(tape(g, c.tape.query)), of_offset = *vectors(offset);
-        for (int64_t i = 0; i < I; ++i) {
-          const Vector d = vectors(query)[i];
-          vectors(gain)[i] += d * forward[i];
-          vectors(shift)[i] += of_offset * forward[i];
-          vectors(query)[i] = c.inputs_gain[i] * d + c.inputs_shift[i] * of_offset;
-        }
-        write(c.factors.query, iteration, g, query);
+        float offset[kLanes];
+        collect(c, first + g, wide(g), offset, spare);
+        write(c.factors.query, iteration, g, wide(g));
         const float *s = tape(g, c.tape.slots), *mean = tape(g, c.tape.mean), *inverse = tape(g, c.tape.inverse);
         normalise(spare, s, D, mean, inverse, c.slots_gain, c.slots_shift);
         write(c.factors.normed, iteration, g, spare);
         clear(narrow(g), DP);
+        for (int64_t i = 0; i < D; ++i) {
+          vectors(narrow(g))[i] = c.offset_weight[i] * *vectors(offset);
+          vectors(sums(g, 4))[i] += *vectors(offset) * vectors(spare)[i];
+        }
       }
       c.to_query.add(count, wide(0), IP * kLanes, narrow(0), DP * kLanes);
       for (int g = 0; g < count; ++g) {
         normalise_backward(narrow(g), tape(g, c.tape.slots), D, tape(g, c.tape.mean), tape(g, c.tape.inverse),
-                           c.slots_gain, sums(g, 0), sums(g, D));
+                           c.slots_gain, sums(g, 0), sums(g, 1));
         for (int64_t i = 0; i < D * kLanes; ++i) carry(g)[i] += narrow(g)[i];
       }
     }
@@ -765,41 +778,30 @@ PHYX_MULTIVERSION void slot_backward_rows(const SlotCall& c, int64_t iteration, 
       float* normed = spare + size;
       normalise(normed, spare, D, mean, inverse, c.mlp_gain, c.mlp_shift);
       write(c.factors.mlp_normed, before, g, normed);
-      normalise_backward(narrow(g), spare, D, mean, inverse, c.mlp_gain, sums(g, 2 * D), sums(g, 3 * D));
-      float *x = input_gates(g), *y = hidden_gates(g);
-      gru_backward(size, out(g), narrow(g), s, reset, update, candidate, hidden_candidate, carry(g), x, y);
-      write(c.factors.gates, before, g, x);
-      write(c.factors.hidden_gates, before, g, y);
+      normalise_backward(narrow(g), spare, D, mean, inverse, c.mlp_gain, sums(g, 2), sums(g, 3));
+      float* of_gates = gates(g);
+      gru_backward(size, out(g), narrow(g), s, reset, update, candidate, hidden_candidate, carry(g), of_gates);
+      const Factor* of[] = {&c.factors.candidate, &c.factors.reset, &c.factors.update, &c.factors.hidden_candidate};
+      for (int i = 0; i < 4; ++i) write(*of[i], before, g, of_gates + i * size);
       write(c.factors.slots, before, g, s);
-      write(c.factors.updates, before, g, tape(g, c.tape.updates));
-      clear(updates(g), QP);
+      write(c.factors.pooled, before, g, tape(g, c.tape.pooled));
       clear(wide(g), IP);
     }
-    c.hidden_gates.add(count, hidden_gates(0), GP * kLanes, carry(0), DP * kLanes);
-    c.input_gates.add(count, input_gates(0), GP * kLanes, updates(0), QP * kLanes);
-    for (int g = 0; g < count; ++g) write(c.factors.from_updates, before, g, updates(g));
-    c.to_updates.add(count, updates(0), QP * kLanes, wide(0), IP * kLanes);
+    c.hidden_gates.add(count, gates(0) + D * kLanes, 4 * D * kLanes, carry(0), DP * kLanes);
+    c.input_gates.add(count, gates(0), 4 * D * kLanes, wide(0), IP * kLanes);
     for (int g = 0; g < count; ++g) {
-      float *d = wide(g), *gain = sums(g, 4 * D), *shift = sums(g, 4 * D + I), dot[kLanes], offset[kLanes];
+      const int64_t group = first + g;
+      float dot[kLanes];
       const Vector *pooled = vectors(tape(g, c.tape.pooled)), share = 1.0f / *vectors(tape(g, c.tape.total));
-      Vector sum{};
+      Vector *e = vectors(wide(g)), sum{};
       for (int64_t i = 0; i < I; ++i) {
-        const Vector m = pooled[i], from_updates = vectors(d)[i], e = c.inputs_gain[i] * (from_updates * share);
-        vectors(spare)[i] = c.inputs_gain[i] * m + c.inputs_shift[i];
-        vectors(gain)[i] += from_updates * m;
-        vectors(shift)[i] += from_updates;
-        vectors(d)[i] = e;
-        sum += e * m;
+        e[i] *= share;
+        sum += e[i] * pooled[i];
       }
       *vectors(dot) = sum;
-      write(c.factors.pooled, before, g, spare);
-      const int64_t group = first + g;
-      const int rows = c.rows_in(group);
-      write_rows(c.pooled_grad.get() + group * kLanes * I, I, rows, d, I);
-      to_rows(c.pooled_dot.get() + group * kLanes, 1, rows, dot, 1);
-      ask(c, tape(g, c.tape.query), spare, offset);
-      write_rows(c.query.get() + group * kLanes * I, I, rows, spare, I);
-      to_rows(c.offset.get() + group * kLanes, 1, rows, offset, 1);
+      write_rows(c.pooled_grad.get() + group * kLanes * I, I, c.rows_in(group), wide(g), I);
+      to_rows(c.pooled_dot.get() + group * kLanes, 1, c.rows_in(group), dot, 1);
+      ask(c, before, group);
     }
   }
 }
@@ -830,9 +832,11 @@ void add_weight_gradients(const SlotCall& c, const std::vector<WeightGradient>& 
             w.weight[(first + o) * inputs + j] += sums[(j - i) / kTile][o * kLanes + (j - i) % kTile];
       }
       if (!w.bias) continue;
-      Vector sum{};
-      for (int64_t row = 0; row < rows; ++row) sum += vectors(panel)[row];
-      for (int64_t o = 0; o < count; ++o) w.bias[first + o] += sum[static_cast<int>(o)];
+      Vector sum[4] = {};  // one would wait for itself
+      for (int64_t row = 0; row < rows; row += 4)
+        for (int i = 0; i < 4; ++i) sum[i] += vectors(panel)[row + i];
+      const Vector all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+      for (int64_t o = 0; o < count; ++o) w.bias[first + o] += all[static_cast<int>(o)];
     }
     before += tiles;
   }
@@ -846,7 +850,7 @@ T* address(const py::dict& arguments, const char* name) {
 
 void set_up(SlotCall& c, const py::dict& a) {
   const auto size = [&](const char* name) { return a[name].cast<int64_t>(); };
-  c.B = size("B"), c.N = size("N"), c.K = size("K"), c.I = size("I"), c.D = size("D"), c.Q = size("Q"), c.H = size("H");
+  c.B = size("B"), c.N = size("N"), c.K = size("K"), c.I = size("I"), c.D = size("D"), c.H = size("H");
   c.iterations = size("iterations");
   c.taped = size("taped");
   c.threads = static_cast<int>(size("threads"));
@@ -857,8 +861,7 @@ void set_up(SlotCall& c, const py::dict& a) {
   c.inputs_token = size("inputs_token");
   c.slots = address(a, "slots");
   c.mask = address<const uint8_t>(a, "slot_mask");
-  c.inputs_gain = address(a, "inputs_gain");
-  c.inputs_shift = address(a, "inputs_shift");
+  c.offset_weight = address(a, "offset");
   c.slots_gain = address(a, "slots_gain");
   c.slots_shift = address(a, "slots_shift");
   c.input_bias = address(a, "input_bias");
@@ -868,7 +871,7 @@ void set_up(SlotCall& c, const py::dict& a) {
   c.mlp_in_bias = address(a, "mlp_in_bias");
   c.mlp_out_bias = address(a, "mlp_out_bias");
   c.tape_data = address(a, "tape");
-  c.tape = Tape(c.I, c.D, c.Q, c.H);
+  c.tape = Tape(c.I, c.D, c.H);
   c.tiles = (c.N + kLanes - 1) / kLanes;
   c.chunks = (c.tiles + kChunk - 1) / kChunk;
   c.rows = c.B * c.K;
@@ -899,14 +902,13 @@ void forward(const py::dict& a) {
   set_up(c, a);
   c.slots_out = address(a, "slots_out");
   c.attention = address(a, "attention");
-  const float *to_query = address(a, "to_query"), *to_v = address(a, "to_v"), *input_gates = address(a, "input_gates"),
+  const float *to_query = address(a, "query"), *input_gates = address(a, "input_gates"),
               *hidden_gates = address(a, "hidden_gates"), *mlp_in = address(a, "mlp_in"),
               *mlp_out = address(a, "mlp_out");
   py::gil_scoped_release release;
-  const int64_t I = c.I, D = c.D, Q = c.Q, H = c.H;
+  const int64_t I = c.I, D = c.D, H = c.H;
   c.to_query = Map(I, D, to_query, D, 1, c.threads);
-  c.to_updates = Map(Q, I, to_v, I, 1, c.threads);
-  c.input_gates = Map(3 * D, Q, input_gates, Q, 1, c.threads);
+  c.input_gates = Map(3 * D, I, input_gates, I, 1, c.threads);
   c.hidden_gates = Map(3 * D, D, hidden_gates, D, 1, c.threads);
   c.mlp_in = Map(H, D, mlp_in, D, 1, c.threads);
   c.mlp_out = Map(D, H, mlp_out, H, 1, c.threads);
@@ -925,39 +927,42 @@ void backward(const py::dict& a) {
   c.grad_attention = address(a, "grad_attention");
   c.grad_given = address(a, "grad_given");
   c.grad_inputs = address(a, "grad_inputs");
-  const char* affine[] = {"grad_slots_gain", "grad_slots_shift", "grad_mlp_gain",
-                          "grad_mlp_shift",  "grad_inputs_gain", "grad_inputs_shift"};
-  for (int i = 0; i < 6; ++i) c.affine[i] = address(a, affine[i]);
+  const char* names[] = {"grad_slots_gain", "grad_slots_shift", "grad_mlp_gain", "grad_mlp_shift", "grad_offset"};
+  for (int i = 0; i < 5; ++i) c.vector_grads[i] = address(a, names[i]);
   Factors& f = c.factors;
+  const int64_t of_pooled = c.D * c.I, of_slots = c.D * c.D;
+  float *of_input = address(a, "grad_input_gates"), *input_bias = address(a, "grad_input_bias"),
+        *of_hidden = address(a, "grad_hidden_gates"), *hidden_bias = address(a, "grad_hidden_bias");
   const std::vector<WeightGradient> weights{
-      {&f.query, &f.normed, address(a, "grad_to_query"), nullptr},
-      {&f.from_updates, &f.pooled, address(a, "grad_to_v"), nullptr},
-      {&f.gates, &f.updates, address(a, "grad_input_gates"), address(a, "grad_input_bias")},
-      {&f.hidden_gates, &f.slots, address(a, "grad_hidden_gates"), address(a, "grad_hidden_bias")},
+      {&f.query, &f.normed, address(a, "grad_query"), nullptr},
+      {&f.reset, &f.pooled, of_input, input_bias},
+      {&f.update, &f.pooled, of_input + of_pooled, input_bias + c.D},
+      {&f.candidate, &f.pooled, of_input + 2 * of_pooled, input_bias + 2 * c.D},
+      {&f.reset, &f.slots, of_hidden, hidden_bias},
+      {&f.update, &f.slots, of_hidden + of_slots, hidden_bias + c.D},
+      {&f.hidden_candidate, &f.slots, of_hidden + 2 * of_slots, hidden_bias + 2 * c.D},
       {&f.from_hidden, &f.mlp_normed, address(a, "grad_mlp_in"), address(a, "grad_mlp_in_bias")},
       {&f.out, &f.hidden, address(a, "grad_mlp_out"), address(a, "grad_mlp_out_bias")},
   };
-  const float *to_query = address(a, "to_query"), *to_v = address(a, "to_v"), *input_gates = address(a, "input_gates"),
+  const float *to_query = address(a, "query"), *input_gates = address(a, "input_gates"),
               *hidden_gates = address(a, "hidden_gates"), *mlp_in = address(a, "mlp_in"),
               *mlp_out = address(a, "mlp_out");
   py::gil_scoped_release release;
-  const int64_t I = c.I, D = c.D, Q = c.Q, H = c.H;
+  const int64_t I = c.I, D = c.D, H = c.H;
   c.to_query = Map(D, I, to_query, 1, D, c.threads);
-  c.to_updates = Map(I, Q, to_v, 1, I, c.threads);
-  c.input_gates = Map(Q, 3 * D, input_gates, 1, Q, c.threads);
+  c.input_gates = Map(I, 3 * D, input_gates, 1, I, c.threads);  // of candidate, reset, update
   c.hidden_gates = Map(D, 3 * D, hidden_gates, 1, D, c.threads);
   c.mlp_in = Map(D, H, mlp_in, 1, D, c.threads);
   c.mlp_out = Map(H, D, mlp_out, 1, H, c.threads);
   const int64_t rows = c.factor_rows = c.taped * c.groups * kLanes;
-  f = {Factor(I, rows), Factor(D, rows), Factor(Q, rows), Factor(I, rows), Factor(3 * D, rows), Factor(3 * D, rows),
-       Factor(Q, rows), Factor(D, rows), Factor(H, rows), Factor(D, rows), Factor(D, rows), Factor(H, rows)};
+  f = {Factor(I, rows), Factor(D, rows), Factor(I, rows), Factor(D, rows), Factor(D, rows), Factor(D, rows),
+       Factor(D, rows), Factor(D, rows), Factor(H, rows), Factor(D, rows), Factor(D, rows), Factor(H, rows)};
   c.pooled_grad = Floats(c.rows * I);
   c.pooled_dot = Floats(c.rows);
   c.tokens_grad = Floats(c.B * c.tiles * tiled(I) * kLanes);
   c.carry = Floats(c.groups * tiled(D) * kLanes);
-  const int64_t affine_size = 4 * D + 2 * I;
-  c.affine_sums = Floats(c.groups * affine_size * kLanes);
-  clear(c.affine_sums.get(), c.groups * affine_size);
+  c.vector_sums = Floats(c.groups * 5 * D * kLanes);
+  clear(c.vector_sums.get(), c.groups * 5 * D);
   over_tokens(c, [&](int64_t begin, int64_t end) { slot_normalise_tokens(c, begin, end); });
   for (int64_t i = c.iterations; i >= c.iterations - c.taped; --i) {
     over_slots(c, [&](int64_t begin, int64_t end) { slot_backward_rows(c, i, begin, end); });
@@ -969,10 +974,10 @@ void backward(const py::dict& a) {
   for (const WeightGradient& w : weights) tiles += tiled(w.of_outputs->features) / kTile;
   parallel_for(tiles, 1, c.threads, [&](int64_t begin, int64_t end) { add_weight_gradients(c, weights, begin, end); });
   for (int64_t g = 0; g < c.groups; ++g) {
-    const float* from = c.affine_sums.get() + g * affine_size * kLanes;
-    for (int i = 0; i < 6; ++i)
-      for (int64_t f = 0; f < (i < 4 ? D : I); ++f, from += kLanes)
-        for (int l = 0; l < kLanes; ++l) c.affine[i][f] += from[l];
+    const float* from = c.vector_sums.get() + g * 5 * D * kLanes;
+    for (float* to : c.vector_grads)
+      for (int64_t i = 0; i < D; ++i, from += kLanes)
+        for (int l = 0; l < kLanes; ++l) to[i] += from[l];
   }
 }
 

@@ -1,7 +1,6 @@
-"""What surrounds the C++ of `slot_attention`: the products of weights, and its memory.
+"""What surrounds the C++ of `slot_attention`: its weights (slot_attention_weights.py) and its memory.
 
-csrc/slot_attention.cpp takes a stretch of the batch through all iterations. Queries are asked of the inputs themselves,
-so it is given W_kᵀW_q as one matrix, and its gradient is that of both.
+csrc/slot_attention.cpp takes a stretch of the batch through all iterations.
 """
 
 from __future__ import annotations
@@ -11,10 +10,11 @@ from torch import Tensor
 
 from phyxdream.ops import backend
 from phyxdream.ops.rssm_cpu import product
+from phyxdream.ops.slot_attention_weights import composed, taken_apart
 
 _LANES = 16  # tokens, or slots, that C++ treats as one
 _STRETCH = 1 << 19  # numbers of the inputs that are in memory a second time
-_ROWS = 1 << 11  # slots whose factors of weights' gradients are written before they are multiplied
+_ROWS = 1 << 9  # slots whose factors of weights' gradients are written before they are multiplied
 
 
 def refuse(inputs: Tensor) -> str:
@@ -46,8 +46,7 @@ def _stretch(inputs, slots):
 def _features(inputs, slots, w):
     """Of a slot and an iteration, what the forward keeps; the order is that of `Tape` in C++."""
     I, D = inputs.shape[2], slots.shape[2]
-    Q, H = w.to_k.shape[0], w.mlp_in.shape[0]
-    return 5 * D + 2 * I + Q + H + 5
+    return 5 * D + 2 * I + w.mlp_in.shape[0] + 6
 
 
 def _padded_rows(elements, slots, options):
@@ -66,8 +65,8 @@ def tape_size(inputs: Tensor, slots: Tensor, w, options) -> int:
 def forward(outputs: tuple[Tensor, ...], inputs: Tensor, slots: Tensor, slot_mask: Tensor | None, w, options) -> None:
     """Fills the three outputs of the schema."""
     slots_out, attention, tape = outputs
-    common = _common(inputs, slots, w, options)
-    common |= {"mlp_in_bias": w.mlp_in_bias, "mlp_out_bias": w.mlp_out_bias}
+    w = _contiguous(w)
+    common = _common(inputs, slots, w, composed(w, product), options)
     for part, tape_part in _stretches(inputs, slots, w, options):
         _call(
             "slot_attention_forward",
@@ -94,10 +93,13 @@ def backward(
     grad_slots = torch.zeros_like(slots) if grad_slots is None else grad_slots
     grad_inputs = inputs.new_empty(inputs.shape)
     grad_given = slots.new_empty(slots.shape)
-    found = {name: x.new_zeros(x.shape) for name, x in zip(w._fields, w, strict=True)}
-    common = _common(inputs, slots, w, options)
-    grad_to_query = inputs.new_zeros(inputs.shape[2], slots.shape[2])
-    common |= {f"grad_{name}": x for name, x in found.items()} | {"grad_to_query": grad_to_query}
+    w = _contiguous(w)
+    made, D = composed(w, product), slots.shape[2]
+    common = _common(inputs, slots, w, made, options)
+    found = {name: x.new_zeros(x.shape) for name, x in common.items() if isinstance(x, Tensor)}
+    common |= {f"grad_{name}": x for name, x in found.items()}
+    # Where their gradients are multiplied by it, gates lie as candidate, reset, update.
+    common["input_gates"] = made.input_gates.roll(D, 0)
     for part, tape_part in _stretches(inputs, slots, w, options):
         _call(
             "slot_attention_backward",
@@ -110,10 +112,13 @@ def backward(
                 "grad_inputs": grad_inputs[part],
             },
         )
-    scale = w.to_k.shape[0] ** -0.5
-    found["to_q"] = product(w.to_k, grad_to_query.t()).mul_(scale)
-    found["to_k"] = product(w.to_q, grad_to_query).mul_(scale)
-    return [grad_inputs, grad_given, *found.values()]
+    of_composed = (found[name] for name in ("query", "offset", "input_gates", "input_bias"))
+    found |= taken_apart(*of_composed, w, made, product)
+    return [grad_inputs, grad_given, *(found[name] for name in w._fields)]
+
+
+def _contiguous(w):
+    return type(w)(*(x.contiguous() for x in w))
 
 
 def _stretches(inputs, slots, w, options):
@@ -126,18 +131,18 @@ def _stretches(inputs, slots, w, options):
         at += size
 
 
-def _common(inputs, slots, w, options):
+def _common(inputs, slots, w, made, options):
     """What both directions are told of all elements."""
     named = w._asdict()
-    scale = w.to_k.shape[0] ** -0.5
+    for name in ("inputs_gain", "inputs_shift", "to_k", "to_v", "to_q"):
+        del named[name]
+    named |= {name: getattr(made, name) for name in ("query", "offset", "input_gates", "input_bias")}
     return {
-        **{name: named[name].contiguous() for name in w._fields if name not in ("to_k", "to_q")},
-        "to_query": product(w.to_k.t(), w.to_q.t()).mul_(scale),  # (I, D)
+        **named,
         "N": inputs.shape[1],
         "K": slots.shape[1],
         "I": inputs.shape[2],
         "D": slots.shape[2],
-        "Q": w.to_k.shape[0],
         "H": w.mlp_in.shape[0],
         "iterations": options.iterations,
         "taped": 1 if options.implicit else options.iterations,

@@ -1,34 +1,19 @@
-"""What surrounds the Triton kernels of `slot_attention`: weights made one, and the gradients of each.
-
-What is linear between two steps of kernels/slot_attention.py is one matrix, made here in float32, and its gradient is
-taken apart here. Gradients of weights are products of rows, one a slot and iteration, that the kernels wrote.
-"""
+"""What surrounds the Triton kernels of `slot_attention`: its weights (slot_attention_weights.py), and their gradients,
+which are products of rows, one a slot and iteration, that the kernels wrote."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from phyxdream.ops import backend
 from phyxdream.ops.contract import HALF
+from phyxdream.ops.slot_attention_weights import composed, taken_apart
 
 # What the registers of one program hold.
 _MOST_SLOTS = 16
 _MOST_FEATURES, _MOST_HALF_FEATURES = 64, 128
-
-
-class Composed(NamedTuple):
-    """The matrices and vectors of the kernels that stand for several weights, in float32."""
-
-    queries: Tensor  # (I, D): W_kᵀ W_q / √Q
-    query: Tensor  # the same with the inputs' gain
-    offset: Tensor  # (D,): what their shift adds to the logits
-    values: Tensor  # (Q, I): W_v with the gain
-    value_shift: Tensor  # (Q,): W_v of the shift
-    input_gates: Tensor  # (3D, I)
-    input_bias: Tensor  # (3D,)
 
 
 def refuse(inputs: Tensor, slots: Tensor) -> str:
@@ -63,26 +48,14 @@ def _tape(kernels, tape, inputs, slots, options):
     return kernels.Tape(*tape.split([rows * D, rows * I, rows * I, rows, rows]))
 
 
-def _composed(w):
-    w = type(w)(*(x.float() for x in w))
-    gain, shift = w.inputs_gain, w.inputs_shift
-    queries = w.to_k.t() @ w.to_q * w.to_k.shape[0] ** -0.5
-    values, value_shift = w.to_v * gain, w.to_v @ shift
-    return Composed(
-        queries,
-        gain.unsqueeze(1) * queries,
-        queries.t() @ shift,
-        values,
-        value_shift,
-        w.input_gates @ values,
-        w.input_gates @ value_shift + w.input_bias,
-    )
+def _floats(w):
+    return type(w)(*(x.float() for x in w))
 
 
-def _weights(kernels, composed, w, dtype):
-    matrices = dict(query=composed.query, input_gates=composed.input_gates)
+def _weights(kernels, made, w, dtype):
+    matrices = dict(query=made.query, input_gates=made.input_gates)
     matrices |= dict(hidden_gates=w.hidden_gates, mlp_in=w.mlp_in, mlp_out=w.mlp_out)
-    vectors = dict(offset=composed.offset, input_bias=composed.input_bias)
+    vectors = dict(offset=made.offset, input_bias=made.input_bias)
     names = [name for name in kernels.Weights._fields if name not in matrices | vectors]
     vectors |= {name: getattr(w, name) for name in names}
     given = {name: x.to(dtype).contiguous() for name, x in matrices.items()}
@@ -100,7 +73,7 @@ def forward(outputs: tuple[Tensor, ...], inputs: Tensor, slots: Tensor, slot_mas
     p = plan(inputs, slots)
     (B, K, D), I = slots.shape, inputs.shape[2]
     with torch.autocast(inputs.device.type, enabled=False):
-        weights = _weights(kernels, _composed(w), w, inputs.dtype)
+        weights = _weights(kernels, composed(_floats(w), linear), w, inputs.dtype)
     memory = kernels.Memory(
         inputs.contiguous(),
         slots.contiguous(),
@@ -131,7 +104,8 @@ def backward(
 
 def _backward(grads, tape, inputs, slots, slot_mask, w, options):
     kernels = backend.triton_kernels("slot_attention")
-    p, composed = plan(inputs, slots), _composed(w)
+    p, floats = plan(inputs, slots), _floats(w)
+    made = composed(floats, linear)
     (B, K, D), I, H, taped = slots.shape, inputs.shape[2], w.mlp_in.shape[0], _taped(options)
     parts, rows = _tape(kernels, tape, inputs, slots, options), taped * B * K
     like = inputs.new_empty
@@ -157,10 +131,11 @@ def _backward(grads, tape, inputs, slots, slot_mask, w, options):
         affine=tape.new_zeros(p.row_programs(B * K), 4, D),
     )
     sizes = kernels.sizes_of(p, K, I, D, H, options.eps, options.layer_eps, backward=True)
-    kernels.backward(p, _weights(kernels, composed, w, inputs.dtype), sizes, parts, g, taped)
+    kernels.backward(p, _weights(kernels, made, w, inputs.dtype), sizes, parts, g, taped)
     found = _of_matrices(g, parts.slots.view(rows, D), parts.pooled.view(rows, I), D)
     found |= dict(zip(("slots_gain", "slots_shift", "mlp_gain", "mlp_shift"), g.affine.sum(0), strict=True))
-    found |= _taken_apart(found, composed, w)
+    of_composed = (found[name].float() for name in ("query", "offset", "input_gates", "input_bias"))
+    found |= taken_apart(*of_composed, floats, made, linear)
     return [g.tokens, g.given, *(found[name].to(x.dtype) for name, x in w._asdict().items())]
 
 
@@ -185,20 +160,3 @@ def _of_matrices(g, slots, pooled, D):
 
 def _column_sums(rows):
     return rows.sum(0, dtype=torch.float32)
-
-
-def _taken_apart(found, composed, w):
-    """Gradients of the weights that `Composed` stands for."""
-    w = type(w)(*(x.float() for x in w))
-    gain, shift, scale = w.inputs_gain, w.inputs_shift, w.to_k.shape[0] ** -0.5
-    query, offset, gates, bias = (found[name].float() for name in ("query", "offset", "input_gates", "input_bias"))
-    queries = gain.unsqueeze(1) * query + torch.outer(shift, offset)
-    values, value_shift = w.input_gates.t() @ gates, w.input_gates.t() @ bias
-    return dict(
-        inputs_gain=(query * composed.queries).sum(1) + (values * w.to_v).sum(0),
-        inputs_shift=composed.queries @ offset + w.to_v.t() @ value_shift,
-        to_k=w.to_q @ queries.t() * scale,
-        to_q=w.to_k @ queries * scale,
-        to_v=values * gain + torch.outer(value_shift, shift),
-        input_gates=gates @ composed.values.t() + torch.outer(bias, composed.value_shift),
-    )
