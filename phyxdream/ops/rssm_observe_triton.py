@@ -8,6 +8,7 @@ here, all steps at once.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -211,10 +212,13 @@ def backward(
     cell: CellWeights,
     posterior: PosteriorWeights,
     options: Options,
+    wanted: Sequence[bool],
+    wanted_cell: CellWeights,
+    wanted_posterior: PosteriorWeights,
 ) -> tuple[tuple[Tensor, ...], CellWeights, PosteriorWeights]:
     """Gradients of (embed, action, deter, stoch, initial_deter, initial_stoch), of the cell and of the posterior.
 
-    In the last two, None stands where there was no weight.
+    In the last two, None stands where there was no weight. All are computed, whichever are wanted.
     """
     with torch.autocast(tensors[0].device.type, enabled=False):
         return _backward(grads, outputs, tensors, cell, posterior, options)
