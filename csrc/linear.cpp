@@ -113,11 +113,6 @@ PHYX_MULTIVERSION void scatter(float* stripe, const float* grad, const int32_t* 
   }
 }
 
-PHYX_MULTIVERSION void add_rows(float* sum, const float* x, int64_t row, int64_t rows, int64_t columns) {
-  for (; rows > 0; --rows, x += row)
-    for (int64_t i = 0; i < columns; ++i) sum[i] += x[i];
-}
-
 namespace {
 
 Ones find_ones(const Operand& x, int64_t columns, int threads) {
@@ -146,19 +141,6 @@ Ones find_ones(const Operand& x, int64_t columns, int threads) {
   });
   if (fits.load()) ones.first = first;
   return ones;
-}
-
-// grad_b, summed over runs of rows first: 16,384 numbers one after the other would lose two digits.
-void sum_rows(float* sum, const float* x, int64_t row, int64_t rows, int64_t columns, int threads) {
-  const int64_t runs = ceil_div(rows, kRowsAtOnce);
-  std::vector<float> partial(runs * columns);
-  parallel_for(runs, 4, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      add_rows(partial.data() + i * columns, x + i * kRowsAtOnce * row, row,
-               std::min(kRowsAtOnce, rows - i * kRowsAtOnce), columns);
-  });
-  std::fill(sum, sum + columns, 0.0f);
-  add_rows(sum, partial.data(), columns, runs, columns);
 }
 
 struct Layer {

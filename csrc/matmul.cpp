@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "bindings.h"
 #include "lanes.h"
@@ -26,6 +27,7 @@ constexpr int64_t kChunk = 128;      // rows of A that a thread lays out: 128 KB
 constexpr int64_t kTerms = 2048;     // terms of a block of B
 constexpr int64_t kBlock = 1 << 20;  // its floats
 constexpr int64_t kFewRows = 32;     // of A, up to which B is read where it lies
+constexpr int64_t kRowsAtOnce = 256;  // summed one after the other: 16,384 of them would lose two digits
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -34,8 +36,10 @@ template <int kRows, int kTiles>
 PHYX_INLINE void multiply_block(const float* panel, int64_t length, const float* x, int64_t tile, float* c,
                                 int64_t c_row, const float* bias, bool add) {
   Vector sum[kRows][kTiles];
-  for (int r = 0; r < kRows; ++r)
+  for (int r = 0; r < kRows; ++r) {
+    prefetch_rows(c + r * c_row, 0, 1, kTiles * kTile);
     for (int t = 0; t < kTiles; ++t) sum[r][t] = Vector{};
+  }
   for (int64_t k = 0; k < length; ++k, panel += kPanel, x += kTile) {
     Vector v[kTiles];
     for (int t = 0; t < kTiles; ++t) v[t] = *reinterpret_cast<const Vector*>(x + t * tile);
@@ -67,6 +71,11 @@ PHYX_MULTIVERSION void multiply_panel_narrow(const float* panel, int64_t length,
     for (int r = 0; r < kPanel; r += 4)
       multiply_block<4, 1>(panel + r, length, x + t * tile, tile, c + r * c_row + t * kTile, c_row,
                            bias ? bias + t * kTile : nullptr, add);
+}
+
+PHYX_MULTIVERSION void add_rows(float* sum, const float* x, int64_t row, int64_t rows, int64_t columns) {
+  for (; rows > 0; --rows, x += row)
+    for (int64_t i = 0; i < columns; ++i) sum[i] += x[i];
 }
 
 // Sums of a tile, (16, lanes), to rows of C.
@@ -177,6 +186,18 @@ void matmul(const Operand& a, const Operand& b, int64_t terms, float* c, int64_t
     }
 }
 
+void sum_rows(float* sum, const float* x, int64_t row, int64_t rows, int64_t columns, int threads) {
+  const int64_t runs = ceil_div(rows, kRowsAtOnce);
+  std::vector<float> partial(runs * columns);
+  parallel_for(runs, 4, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      add_rows(partial.data() + i * columns, x + i * kRowsAtOnce * row, row,
+               std::min(kRowsAtOnce, rows - i * kRowsAtOnce), columns);
+  });
+  std::fill(sum, sum + columns, 0.0f);
+  add_rows(sum, partial.data(), columns, runs, columns);
+}
+
 namespace {
 
 // a, b: (address, rows, stride of rows, stride of terms); c: (address, stride of rows).
@@ -193,8 +214,19 @@ void matmul_of_views(py::tuple a, py::tuple b, int64_t terms, py::tuple c, uintp
   matmul(x, y, terms, to, row, reinterpret_cast<const float*>(bias), accumulate, threads);
 }
 
+// x: (address, rows, columns, stride of rows).
+void sum_rows_of_view(uintptr_t sum, py::tuple x, int threads) {
+  const auto rows = x[1].cast<int64_t>(), columns = x[2].cast<int64_t>(), row = x[3].cast<int64_t>();
+  const auto* from = reinterpret_cast<const float*>(x[0].cast<uintptr_t>());
+  py::gil_scoped_release release;
+  sum_rows(reinterpret_cast<float*>(sum), from, row, rows, columns, threads);
+}
+
 }  // namespace
 
-void bind_matmul(py::module_& module) { module.def("matmul", &matmul_of_views); }
+void bind_matmul(py::module_& module) {
+  module.def("matmul", &matmul_of_views);
+  module.def("sum_rows", &sum_rows_of_view);
+}
 
 }  // namespace phyx

@@ -1,4 +1,4 @@
-// C = A Bᵀ for strided float32 matrices (csrc/matmul.cpp).
+// C = A Bᵀ and column sums for strided float32 matrices (csrc/matmul.cpp).
 #pragma once
 #include <cstdint>
 
@@ -16,5 +16,8 @@ struct Operand {
 // from 0 where that is null. The result does not depend on the number of threads.
 void matmul(const Operand& a, const Operand& b, int64_t terms, float* c, int64_t c_row, const float* bias,
             bool accumulate, int threads);
+
+// sum (columns) of rows that are `row` floats apart.
+void sum_rows(float* sum, const float* x, int64_t row, int64_t rows, int64_t columns, int threads);
 
 }  // namespace phyx

@@ -14,12 +14,8 @@ PHYX_INLINE void stoch_gradient(const Scan& s, const Multiply& m, Block& block, 
     if (!s.policy.layers.empty())
       multiply_into(block, m, s.weights->policy.stoch, i, s.policy.layers[0].grad, 0, g, pair);
     for (int64_t j = 0; j < pair; ++j) {
-      const float* first = s.first_at(t + 1, g + j);
-      for (int f = 0; f < tile.count; ++f)
-        for (int l = 0; l < kLanes; ++l) {
-          float& x = block[j][f * kLanes + l];
-          x = first[l] != 0.0f ? 0.0f : x;
-        }
+      const Vector first = *vectors(s.first_at(t + 1, g + j));
+      for (int f = 0; f < tile.count; ++f) vectors(block[j])[f] = reset(first, 0.0f, vectors(block[j])[f]);
     }
   }
   if (!s.grad_stoch) return;
@@ -46,14 +42,12 @@ PHYX_INLINE void finish_statistics(const Scan& s, int64_t low, int64_t count, in
 }
 
 // Logits' gradients from those of p = (1 - unimix) softmax + unimix / C.
-PHYX_INLINE void backward_class(float* __restrict grad, const float* __restrict p, int64_t C, float unimix) {
-  float mean[kLanes] = {};
-  for (int64_t c = 0; c < C; ++c)
-    for (int l = 0; l < kLanes; ++l) mean[l] += grad[c * kLanes + l] * p[c * kLanes + l];
+PHYX_INLINE void backward_class(float* grad, const float* softmax, int64_t C, float unimix) {
+  const Vector* p = vectors(softmax);
+  Vector *d = vectors(grad), mean{};
+  for (int64_t c = 0; c < C; ++c) mean += d[c] * p[c];
   const float rest = 1.0f - unimix;
-  for (int64_t c = 0; c < C; ++c)
-    for (int l = 0; l < kLanes; ++l)
-      grad[c * kLanes + l] = rest * p[c * kLanes + l] * (grad[c * kLanes + l] - mean[l]);
+  for (int64_t c = 0; c < C; ++c) d[c] = rest * p[c] * (d[c] - mean);
 }
 
 PHYX_INLINE void backward_gaussian(const Scan& s, int64_t t, int64_t g) {
@@ -224,14 +218,13 @@ PHYX_MULTIVERSION void backward_carry(const Scan& s, const Panels& panels, const
         float* carry = s.carry.at(g + j, tile.start);
         for (int k = 0; k < tile.count * kLanes; ++k) carry[k] += block[j][k];
         if (!last) continue;
-        const float* first = s.first_at(t, g + j);
-        float* initial = s.initial_sum.get() + ((g + j) / kUnit * s.D + tile.start) * kLanes;
-        for (int f = 0; f < tile.count; ++f)
-          for (int l = 0; l < kLanes; ++l) {
-            const int k = f * kLanes + l;
-            initial[k] += first[l] != 0.0f ? carry[k] : 0.0f;
-            carry[k] = first[l] != 0.0f ? 0.0f : carry[k];
-          }
+        const Vector first = *vectors(s.first_at(t, g + j));
+        Vector* initial = vectors(s.initial_sum.get() + ((g + j) / kUnit * s.D + tile.start) * kLanes);
+        for (int f = 0; f < tile.count; ++f) {
+          const Vector grad = vectors(carry)[f];
+          initial[f] += if_less(Vector{}, first, grad, Vector{});
+          vectors(carry)[f] = reset(first, 0.0f, grad);
+        }
       }
     }
   }

@@ -13,25 +13,22 @@ namespace scan {
 // The sums of the rows that the classes pick of a slice of a table, `count` floats from where `slice` points.
 PHYX_INLINE void add_classes(float* __restrict sum, const float* slice, const int32_t* index, int64_t S, int64_t C,
                              int64_t count) {
-#if defined(__GNUC__)
   if (count == kSlice) {  // in registers: few instructions a row let the processor fetch many rows at once
-    typedef float Vector __attribute__((vector_size(4 * kTile), aligned(4), may_alias));
     Vector a{}, b{}, c{}, d{};
     for (int64_t v = 0; v < S; ++v) {
-      const auto* row = reinterpret_cast<const Vector*>(slice + (v * C + index[v]) * kSlice);
+      const Vector* row = vectors(slice + (v * C + index[v]) * kSlice);
       a += row[0];
       b += row[1];
       c += row[2];
       d += row[3];
     }
-    auto* to = reinterpret_cast<Vector*>(sum);
+    Vector* to = vectors(sum);
     to[0] = a;
     to[1] = b;
     to[2] = c;
     to[3] = d;
     return;
   }
-#endif
   std::memset(sum, 0, sizeof(float) * count);
   for (int64_t v = 0; v < S; ++v) {
     const float* __restrict row = slice + (v * C + index[v]) * kSlice;
@@ -123,28 +120,26 @@ PHYX_INLINE float arrival_time(float noise) {
 // Softmax, unimix, and the class that arrives first, argmin(time / p), of every lane. The noise is in rows (B, stride).
 PHYX_INLINE void draw_class(int32_t* winner, float* __restrict p, const float* __restrict logits, int64_t C,
                             float unimix, const float* rows, int64_t stride, int used) {
-  float peak[kLanes], sum[kLanes] = {}, best[kLanes], noise[kTile * kLanes];
-  for (int l = 0; l < kLanes; ++l) {
-    peak[l] = logits[l];
-    winner[l] = 0;
-  }
-  for (int64_t c = 1; c < C; ++c)
-    for (int l = 0; l < kLanes; ++l) peak[l] = logits[c * kLanes + l] > peak[l] ? logits[c * kLanes + l] : peak[l];
-  for (int64_t c = 0; c < C; ++c)
-    for (int l = 0; l < kLanes; ++l) sum[l] += p[c * kLanes + l] = vec_exp(logits[c * kLanes + l] - peak[l]);
-  const float uniform = 1.0f / static_cast<float>(C);
+  const Vector *in = vectors(logits), uniform = Vector{} + 1.0f / static_cast<float>(C);
+  Vector *out = vectors(p), peak = in[0], sum{}, best{}, first{};
+  for (int64_t c = 1; c < C; ++c) peak = if_less(peak, in[c], in[c], peak);
+  for (int64_t c = 0; c < C; ++c) out[c] = in[c] - peak;
+  for (int64_t i = 0; i < C * kLanes; ++i) p[i] = vec_exp(p[i]);
+  for (int64_t c = 0; c < C; ++c) sum += out[c];
   for (int64_t c0 = 0; c0 < C; c0 += kTile) {
     const int count = static_cast<int>(std::min<int64_t>(kTile, C - c0));
-    from_rows(noise, rows + c0, stride, used, count);
-    for (int c = 0; c < count; ++c)
-      for (int l = 0; l < kLanes; ++l) {
-        const float share = p[(c0 + c) * kLanes + l] /= sum[l];
-        const float time = arrival_time(noise[c * kLanes + l]) / (share + unimix * (uniform - share));
-        const bool sooner = (c0 + c == 0) || time < best[l];
-        winner[l] = sooner ? static_cast<int32_t>(c0 + c) : winner[l];
-        best[l] = sooner ? time : best[l];
-      }
+    float times[kTile * kLanes];
+    from_rows(times, rows + c0, stride, used, count);
+    for (int i = 0; i < count * kLanes; ++i) times[i] = arrival_time(times[i]);
+    for (int c = 0; c < count; ++c) {
+      const Vector share = out[c0 + c] / sum, time = vectors(times)[c] / (share + unimix * (uniform - share));
+      out[c0 + c] = share;
+      if (c0 + c == 0) best = time;
+      first = if_less(time, best, Vector{} + static_cast<float>(c0 + c), first);
+      best = if_less(time, best, time, best);
+    }
   }
+  for (int l = 0; l < kLanes; ++l) winner[l] = static_cast<int32_t>(first[l]);
 }
 
 PHYX_INLINE void sample_class(const Scan& s, int64_t variable, int64_t t, int64_t g) {
@@ -168,11 +163,9 @@ PHYX_INLINE void sample_gaussian(const Scan& s, int64_t t, int64_t g) {
     for (int j = 0; j < count * kLanes; ++j) z[j] = mean[j] + (softplus(raw[j]) + s.min_std) * noise[j];
     to_rows(s.stoch_out + s.row(t, g) * s.Z + f0, s.Z, s.used(g), z, count);
     if (t + 1 == s.T) continue;
-    const float* first = s.first_at(t + 1, g);
-    float* next = s.stoch_lanes.at(g, f0);
-    for (int f = 0; f < count; ++f)
-      for (int l = 0; l < kLanes; ++l)
-        next[f * kLanes + l] = first[l] != 0.0f ? s.initial_stoch[f0 + f] : z[f * kLanes + l];
+    const Vector first = *vectors(s.first_at(t + 1, g));
+    Vector* next = vectors(s.stoch_lanes.at(g, f0));
+    for (int f = 0; f < count; ++f) next[f] = reset(first, s.initial_stoch[f0 + f], vectors(z)[f]);
   }
 }
 
@@ -316,12 +309,9 @@ PHYX_INLINE void put_deter(const Scan& s, const Tile& tile, const float* h, int6
   std::memcpy(s.deter.at(g, tile.start), h, sizeof(float) * tile.count * kLanes);
   to_rows(s.deter_out + s.row(t, g) * s.D + tile.start, s.D, s.used(g), h, tile.count);
   if (t + 1 == s.T) return;
-  const float* first = s.first_at(t + 1, g);
-  float* next = s.next_previous.at(g, tile.start);
-  for (int f = 0; f < tile.count; ++f) {
-    const float initial = s.initial_deter[tile.start + f];
-    for (int l = 0; l < kLanes; ++l) next[f * kLanes + l] = first[l] != 0.0f ? initial : h[f * kLanes + l];
-  }
+  const Vector first = *vectors(s.first_at(t + 1, g));
+  Vector* next = vectors(s.next_previous.at(g, tile.start));
+  for (int f = 0; f < tile.count; ++f) next[f] = reset(first, s.initial_deter[tile.start + f], vectors(h)[f]);
 }
 
 PHYX_INLINE void gru_update(float* __restrict h, const float* __restrict reset, const float* __restrict candidate,
@@ -387,10 +377,11 @@ PHYX_MULTIVERSION void forward_gates(const Scan& s, int64_t t, int64_t begin, in
 
 // The gates of a LayerNorm GRU span all of D: normalised and used here.
 PHYX_MULTIVERSION void forward_update(const Scan& s, int64_t t, int64_t begin, int64_t end) {
-  float mean[kLanes], inverse[kLanes], gate[3][kTile * kLanes], h[kTile * kLanes];
+  float gate[3][kTile * kLanes], h[kTile * kLanes];
   for (int64_t g = 0; g < s.groups; ++g) {
-    moments(s, s.gates, g, mean, inverse);
-    if (begin == 0) std::memcpy(s.tape_at(t, g, s.gates.tape + s.gates.size), inverse, sizeof inverse);
+    Vector mean, inverse;
+    moments(s, s.gates, g, &mean, &inverse);
+    if (begin == 0) *vectors(s.tape_at(t, g, s.gates.tape + s.gates.size)) = inverse;
     for (int64_t i = begin; i < end; ++i) {
       const Tile& tile = s.deter_tiles[i];
       for (int k = 0; k < 3; ++k) {

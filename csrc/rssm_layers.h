@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "rssm_scan.h"
+#include "vector.h"
 
 namespace phyx {
 
@@ -29,8 +30,7 @@ PHYX_INLINE float slope(float u) {
 using Block = float[2][kTile * kLanes];  // a tile of two groups
 
 PHYX_INLINE void fill(float* tile, const float* values, int count) {
-  for (int f = 0; f < kTile; ++f)
-    for (int l = 0; l < kLanes; ++l) tile[f * kLanes + l] = values && f < count ? values[f] : 0.0f;
+  for (int f = 0; f < kTile; ++f) vectors(tile)[f] = Vector{} + (values && f < count ? values[f] : 0.0f);
 }
 
 PHYX_INLINE void multiply_into(float (*tile)[kTile * kLanes], const Multiply& m, const Panels& panels, int64_t i,
@@ -81,65 +81,55 @@ PHYX_INLINE void enter(const Scan& s, const Layer& layer, int64_t i, const float
   float* kept = s.tape_at(t, g, layer.tape + tile.start);
   std::memcpy(kept, values, sizeof(float) * tile.count * kLanes);
   if (!layer.gain) return activate_rows(layer.act, layer.out.at(g, tile.start), values, tile.count);
-  float sum[kLanes] = {}, square[kLanes] = {}, mean[kLanes] = {};
-  if (layer.shift) {
-    for (int f = 0; f < tile.count; ++f)
-      for (int l = 0; l < kLanes; ++l) sum[l] += values[f * kLanes + l];
-    for (int l = 0; l < kLanes; ++l) mean[l] = sum[l] / static_cast<float>(tile.count);
+  const Vector* x = vectors(values);
+  Vector sum{}, square{};
+  for (int f = 0; layer.shift && f < tile.count; ++f) sum += x[f];
+  const Vector mean = (1.0f / static_cast<float>(tile.count)) * sum;
+  for (int f = 0; f < tile.count; ++f) {
+    const Vector d = x[f] - mean;
+    square += d * d;
   }
-  for (int f = 0; f < tile.count; ++f)
-    for (int l = 0; l < kLanes; ++l) {
-      const float d = values[f * kLanes + l] - mean[l];
-      square[l] += d * d;
-    }
-  float* sums = layer.sums(i, g, s.groups);
-  for (int l = 0; l < kLanes; ++l) {
-    sums[l] = sum[l];
-    sums[kLanes + l] = square[l];
-  }
+  Vector* sums = vectors(layer.sums(i, g, s.groups));
+  sums[0] = sum;
+  sums[1] = square;
 }
 
 // Mean and 1/σ of the whole vector from the sums of its tiles (Chan et al. 1979).
-PHYX_INLINE void moments(const Scan& s, const Layer& layer, int64_t g, float* mean, float* inverse) {
-  float square[kLanes] = {};
-  const float size = static_cast<float>(layer.size);
-  for (int l = 0; l < kLanes; ++l) mean[l] = 0.0f;
+PHYX_INLINE void moments(const Scan& s, const Layer& layer, int64_t g, Vector* mean, Vector* inverse) {
+  const float part = 1.0f / static_cast<float>(layer.size);
   const int64_t tiles = static_cast<int64_t>(layer.tiles.size());
-  if (layer.shift) {
-    for (int64_t i = 0; i < tiles; ++i)
-      for (int l = 0; l < kLanes; ++l) mean[l] += layer.sums(i, g, s.groups)[l];
-    for (int l = 0; l < kLanes; ++l) mean[l] /= size;
-  }
+  Vector sum{}, square{};
   for (int64_t i = 0; i < tiles; ++i) {
-    const float* sums = layer.sums(i, g, s.groups);
-    const float count = static_cast<float>(layer.tiles[i].count);
-    for (int l = 0; l < kLanes; ++l) {
-      const float d = sums[l] / count - mean[l];
-      square[l] += sums[kLanes + l] + (layer.shift ? count * d * d : 0.0f);
-    }
+    sum += vectors(layer.sums(i, g, s.groups))[0];
+    square += vectors(layer.sums(i, g, s.groups))[1];
   }
-  for (int l = 0; l < kLanes; ++l) inverse[l] = 1.0f / std::sqrt(square[l] / size + layer.eps);
+  *mean = part * sum;
+  for (int64_t i = 0; layer.shift && i < tiles; ++i) {
+    const float count = static_cast<float>(layer.tiles[i].count);
+    const Vector d = (1.0f / count) * vectors(layer.sums(i, g, s.groups))[0] - *mean;
+    square += count * d * d;
+  }
+  for (int l = 0; l < kLanes; ++l) (*inverse)[l] = 1.0f / std::sqrt(part * square[l] + layer.eps);
 }
 
 // u = n·gain + shift of features that lie on the tape.
 PHYX_INLINE void affine(float* __restrict u, const float* __restrict n, const Layer& layer, int64_t start, int count) {
   for (int f = 0; f < count; ++f) {
     const float gain = layer.gain ? layer.gain[start + f] : 1.0f, shift = layer.shift ? layer.shift[start + f] : 0.0f;
-    for (int l = 0; l < kLanes; ++l) u[f * kLanes + l] = n[f * kLanes + l] * gain + shift;
+    vectors(u)[f] = gain * vectors(n)[f] + shift;
   }
 }
 
-PHYX_INLINE void normalise(float* __restrict n, int count, const float* __restrict mean,
-                           const float* __restrict inverse) {
-  for (int f = 0; f < count; ++f)
-    for (int l = 0; l < kLanes; ++l) n[f * kLanes + l] = (n[f * kLanes + l] - mean[l]) * inverse[l];
+PHYX_INLINE void normalise(float* n, int count, const Vector& mean, const Vector& inverse) {
+  for (int f = 0; f < count; ++f) vectors(n)[f] = (vectors(n)[f] - mean) * inverse;
 }
 
 PHYX_INLINE void leave(const Scan& s, const Layer& layer, int64_t begin, int64_t end, int64_t t) {
-  float mean[kLanes], inverse[kLanes], u[kTile * kLanes];
+  float u[kTile * kLanes];
   for (int64_t g = 0; g < s.groups; ++g) {
-    moments(s, layer, g, mean, inverse);
-    if (begin == 0) std::memcpy(s.tape_at(t, g, layer.tape + layer.size), inverse, sizeof inverse);
+    Vector mean, inverse;
+    moments(s, layer, g, &mean, &inverse);
+    if (begin == 0) *vectors(s.tape_at(t, g, layer.tape + layer.size)) = inverse;
     for (int64_t i = begin; i < end; ++i) {
       const Tile& tile = layer.tiles[i];
       float* n = s.tape_at(t, g, layer.tape + tile.start);
@@ -168,72 +158,63 @@ PHYX_INLINE void enter_backward(const Scan& s, const Layer& layer, int64_t i, co
   if (layer.out_rows)
     to_rows(layer.out_rows + s.row(t, g) * layer.row_size + tile.start, layer.row_size, s.used(g), y, tile.count);
   if (!layer.gain) return put_grad_rows(s, layer, tile, grad, t, g);
+  const Vector* normal = vectors(n);
+  Vector *d = vectors(grad), sum{}, along{};
   if (layer.gain_sum.get()) {
     const int64_t start = (g / kUnit * layer.size + tile.start) * kLanes;
-    float *gain_sum = layer.gain_sum.get() + start, *shift_sum = layer.shift_sum.get() + start;
-    for (int j = 0; j < tile.count * kLanes; ++j) {
-      gain_sum[j] += grad[j] * n[j];
-      shift_sum[j] += grad[j];
+    Vector *gain_sum = vectors(layer.gain_sum.get() + start), *shift_sum = vectors(layer.shift_sum.get() + start);
+    for (int f = 0; f < tile.count; ++f) {
+      gain_sum[f] += d[f] * normal[f];
+      shift_sum[f] += d[f];
     }
   }
-  float sum[kLanes] = {}, along[kLanes] = {};
   for (int f = 0; f < tile.count; ++f) {
-    const float gain = layer.gain[tile.start + f];
-    for (int l = 0; l < kLanes; ++l) {
-      const int j = f * kLanes + l;
-      grad[j] *= gain;
-      sum[l] += grad[j];
-      along[l] += grad[j] * n[j];
-    }
+    const Vector scaled = layer.gain[tile.start + f] * d[f];
+    d[f] = scaled;
+    sum += scaled;
+    along += scaled * normal[f];
   }
-  float* sums = layer.sums(i, g, s.groups);
-  for (int l = 0; l < kLanes; ++l) {
-    sums[l] = sum[l];
-    sums[kLanes + l] = along[l];
-  }
+  Vector* sums = vectors(layer.sums(i, g, s.groups));
+  sums[0] = sum;
+  sums[1] = along;
 }
 
 // The other half: grad = (d - mean d - n mean(d n)) / σ.
 PHYX_INLINE void leave_backward(const Scan& s, const Layer& layer, int64_t begin, int64_t end, int64_t t) {
   for (int64_t g = 0; g < s.groups; ++g) {
-    float mean[kLanes] = {}, along[kLanes] = {};
+    const float part = 1.0f / static_cast<float>(layer.size);
+    Vector mean{}, along{};
     for (size_t i = 0; i < layer.tiles.size(); ++i) {
-      const float* sums = layer.sums(i, g, s.groups);
-      for (int l = 0; l < kLanes; ++l) {
-        mean[l] += sums[l];
-        along[l] += sums[kLanes + l];
-      }
+      const Vector* sums = vectors(layer.sums(i, g, s.groups));
+      mean += sums[0];
+      along += sums[1];
     }
-    const float size = static_cast<float>(layer.size);
-    for (int l = 0; l < kLanes; ++l) {
-      mean[l] = layer.shift ? mean[l] / size : 0.0f;
-      along[l] /= size;
-    }
-    const float* inverse = s.tape_at(t, g, layer.tape + layer.size);
+    mean = layer.shift ? part * mean : Vector{};
+    along *= part;
+    const Vector inverse = *vectors(s.tape_at(t, g, layer.tape + layer.size));
     for (int64_t i = begin; i < end; ++i) {
       const Tile& tile = layer.tiles[i];
-      const float* n = s.tape_at(t, g, layer.tape + tile.start);
+      const Vector* n = vectors(s.tape_at(t, g, layer.tape + tile.start));
       float* grad = layer.grad.at(g, tile.start);
       for (int f = 0; f < tile.count; ++f)
-        for (int l = 0; l < kLanes; ++l) {
-          const int j = f * kLanes + l;
-          grad[j] = inverse[l] * (grad[j] - mean[l] - n[j] * along[l]);
-        }
+        vectors(grad)[f] = inverse * (vectors(grad)[f] - mean - n[f] * along);
       put_grad_rows(s, layer, tile, grad, t, g);
     }
   }
+}
+
+// `initial` in the lanes where `first` is 1, else x.
+PHYX_INLINE Vector reset(const Vector& first, float initial, const Vector& x) {
+  return if_less(Vector{}, first, Vector{} + initial, x);
 }
 
 // What the step started from: the state before, or where a reset leads.
 PHYX_INLINE void load_previous(const Scan& s, float* previous, const Tile& tile, int64_t t, int64_t g) {
   const float* rows = t == 0 ? s.deter_first + s.sequence(g) * s.D : s.deter_out + s.row(t - 1, g) * s.D;
   from_rows(previous, rows + tile.start, s.D, s.used(g), tile.count);
-  const float* first = s.first_at(t, g);
+  const Vector first = *vectors(s.first_at(t, g));
   for (int f = 0; f < tile.count; ++f)
-    for (int l = 0; l < kLanes; ++l) {
-      float& x = previous[f * kLanes + l];
-      x = first[l] != 0.0f ? s.initial_deter[tile.start + f] : x;
-    }
+    vectors(previous)[f] = reset(first, s.initial_deter[tile.start + f], vectors(previous)[f]);
 }
 
 }  // namespace phyx

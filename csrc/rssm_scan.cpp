@@ -212,43 +212,27 @@ Floats transposed(const Scan& s, const float* weight, int64_t size, int64_t row,
   return table;
 }
 
-HeadWeights forward_head_weights(const Scan& s, const Arguments& a, const Head& head, const std::string& name,
-                                 int threads) {
+HeadWeights head_weights(const Scan& s, const Arguments& a, const Head& head, const std::string& name, int threads) {
   HeadWeights w;
+  const auto size = [](const std::vector<Tile>& tiles) { return tiles.back().start + tiles.back().count; };
+  const auto panels = [&](const std::vector<Tile>& in, const std::vector<Tile>& out, const float* weight, int64_t row) {
+    return s.backward ? Panels(in, size(out), weight, 1, row, s.D / s.G, threads)  // those of h come in blocks
+                      : Panels(out, size(in), weight, row, 1, 0, threads);
+  };
   const auto& layers = head.layers;
-  for (size_t i = 0; i < layers.size(); ++i) {
-    const float* weight = a.address(layers[i].name);
-    const int64_t row = a.size(layers[i].name + "_row");
-    if (i > 0) {
-      w.hidden.emplace_back(layers[i].tiles, layers[i - 1].size, weight, row, 1, 0, threads);
-      continue;
-    }
-    w.deter = Panels(layers[0].tiles, s.D, weight, row, 1, 0, threads);
-    if (&head != &s.policy) continue;
-    if (s.C > 0)
-      w.table = transposed(s, weight + s.D, layers[0].size, row, threads);
+  const float* first = a.address(layers[0].name);
+  const int64_t row = a.size(layers[0].name + "_row");
+  w.deter = panels(s.deter_tiles, layers[0].tiles, first, row);
+  if (&head == &s.policy) {
+    if (s.C > 0 && !s.backward)
+      w.table = transposed(s, first + s.D, layers[0].size, row, threads);
     else
-      w.stoch = Panels(layers[0].tiles, s.Z, weight + s.D, row, 1, 0, threads);
+      w.stoch = panels(s.stoch_tiles, layers[0].tiles, first + s.D, row);
   }
-  w.out = Panels(head.tiles, layers.back().size, a.address(name + "_out"), layers.back().size, 1, 0, threads);
-  return w;
-}
-
-HeadWeights backward_head_weights(const Scan& s, const Arguments& a, const Head& head, const std::string& name,
-                                  int threads) {
-  HeadWeights w;
-  const auto& layers = head.layers;
-  for (size_t i = 0; i < layers.size(); ++i) {
-    const float* weight = a.address(layers[i].name);
-    const int64_t row = a.size(layers[i].name + "_row");
-    if (i > 0) {
-      w.hidden.emplace_back(layers[i - 1].tiles, layers[i].size, weight, 1, row, 0, threads);
-      continue;
-    }
-    w.deter = Panels(s.deter_tiles, layers[0].size, weight, 1, row, s.D / s.G, threads);
-    if (&head == &s.policy) w.stoch = Panels(s.stoch_tiles, layers[0].size, weight + s.D, 1, row, 0, threads);
-  }
-  w.out = Panels(layers.back().tiles, head.statistics, a.address(name + "_out"), 1, layers.back().size, 0, threads);
+  for (size_t i = 1; i < layers.size(); ++i)
+    w.hidden.push_back(
+        panels(layers[i - 1].tiles, layers[i].tiles, a.address(layers[i].name), a.size(layers[i].name + "_row")));
+  w.out = panels(layers.back().tiles, head.tiles, a.address(name + "_out"), layers.back().size);
   return w;
 }
 
@@ -277,8 +261,8 @@ void forward_weights(Weights& w, const Scan& s, const Arguments& a, int threads)
     for (int k = 0; k < 3; ++k)
       w.gate[k] = Panels(s.deter_tiles, size, gates + k * size, 1, 3 * size, 3 * size * size, threads);
   }
-  w.state = forward_head_weights(s, a, s.state, "state", threads);
-  if (!s.policy.layers.empty()) w.policy = forward_head_weights(s, a, s.policy, "policy", threads);
+  w.state = head_weights(s, a, s.state, "state", threads);
+  if (!s.policy.layers.empty()) w.policy = head_weights(s, a, s.policy, "policy", threads);
 }
 
 void backward_weights(Weights& w, const Scan& s, const Arguments& a, int threads) {
@@ -300,9 +284,9 @@ void backward_weights(Weights& w, const Scan& s, const Arguments& a, int threads
     w.mix_deter = Panels(s.deter_tiles, size, a.address("mix_deter"), size, 1, size * size, threads);
     w.from_deter = Panels(s.deter_tiles, U, a.address("in_deter"), 1, D, size, threads);
   }
-  w.state = backward_head_weights(s, a, s.state, "state", threads);
+  w.state = head_weights(s, a, s.state, "state", threads);
   if (s.policy.layers.empty()) return;
-  w.policy = backward_head_weights(s, a, s.policy, "policy", threads);
+  w.policy = head_weights(s, a, s.policy, "policy", threads);
   w.from_action = Panels(s.action_tiles, U, a.address("in_action"), 1, s.A, 0, threads);
 }
 

@@ -26,8 +26,6 @@ constexpr int64_t kChunk = 32;  // tiles that share one set of sums
 constexpr int64_t kPack = 8;    // tiles that are walked twice while they are in the first cache
 
 // Loops over lanes are written with vectors: GCC unrolls them before it looks for any.
-PHYX_INLINE const Vector* vectors(const float* x) { return reinterpret_cast<const Vector*>(x); }
-PHYX_INLINE Vector* vectors(float* x) { return reinterpret_cast<Vector*>(x); }
 
 int64_t tiled(int64_t size) { return (size + kTile - 1) / kTile * kTile; }
 

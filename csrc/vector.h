@@ -39,6 +39,19 @@ struct Vector {
 };
 #endif
 
+PHYX_INLINE const Vector* vectors(const float* x) { return reinterpret_cast<const Vector*>(x); }
+PHYX_INLINE Vector* vectors(float* x) { return reinterpret_cast<Vector*>(x); }
+
+// x in the lanes where a < b, else y.
+PHYX_INLINE Vector if_less(const Vector& a, const Vector& b, const Vector& x, const Vector& y) {
+#if defined(__GNUC__)
+  return a < b ? x : y;
+#else
+  Vector z;
+  return z.each([&](float, int l) { return a.lane[l] < b.lane[l] ? x.lane[l] : y.lane[l]; });
+#endif
+}
+
 bool has_wide_registers();  // 32 of 16 floats, not 16 of 8
 
 // to[c * to_row + r] = from[r * from_row + c] for 8 rows and 8 columns.

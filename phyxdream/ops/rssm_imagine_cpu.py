@@ -149,7 +149,11 @@ def backward(
     rssm_cpu.call("rssm_scan_backward", arguments)
 
     start = stoch.reshape(B, -1)
-    before = rssm_cpu.states_before(deter, deter_out)
+
+    def deter_product(grad):
+        """The gradient (U, D) of a weight that read h before the step, from rows (H·B, U)."""
+        found = product(grad[:B].t(), deter.t())
+        return product(grad[B:].t(), deter_out[:-1].reshape(rows - B, D).t(), out=found, add=True)
 
     def stoch_product(grad):
         """The gradient (U, Z) of a weight that read z, from rows (H·B, U)."""
@@ -159,14 +163,15 @@ def backward(
         return product(grad[:B].t(), start.t(), out=found, add=True)
 
     taken = action if policy is None else action_out
-    cell_grads = cell_back.gradients(before, rssm_cells.clipped(cell, taken).reshape(rows, -1))
+    cell_grads = {}
+    if cell_wants:
+        before = rssm_cpu.states_before(deter, deter_out)
+        cell_grads = cell_back.gradients(before, rssm_cells.clipped(cell, taken).reshape(rows, -1))
     if "in_stoch" in cell_wants:
         cell_grads["in_stoch"] = stoch_product(cell_back.stoch_grad)
     heads = [prior_back.gradients(lambda grad: product(grad.t(), deter_out.reshape(rows, D).t()))]
     if policy is not None:
-        heads.append(
-            policy_back.gradients(lambda grad: torch.cat([product(grad.t(), before.t()), stoch_product(grad)], 1))
-        )
+        heads.append(policy_back.gradients(lambda grad: torch.cat([deter_product(grad), stoch_product(grad)], 1)))
     grad_action = grad_stoch = None
     if wanted[0]:
         grad_action = product(cell_back.action_grad, cell.in_action.t()).view(action.shape)

@@ -114,20 +114,22 @@ def rssm_observe(
 
 
 # Arguments of the schema: eight tensors, then the weights of cell and posterior in the order of their fields, padded
-# with None to as many as the largest cell has, then the name of the cell and the options.
+# with None to as many as the largest cell has, then the name of the cell, the options, and whether a backward may
+# follow, which needs the tape.
 _TENSORS = ("embed", "action", "is_first", "deter", "stoch", "noise", "initial_deter", "initial_stoch")
 _WEIGHTS = max(len(cell._fields) for cell in CELLS.values()) + len(PosteriorWeights._fields)
 _INPUTS = ", ".join(
     [f"Tensor {name}" for name in _TENSORS]
     + [f"Tensor? w{i}" for i in range(_WEIGHTS)]
-    + ["str cell", "str act", "float unimix", "float min_std", "float rms_eps", "float layer_eps"]
+    + ["str cell", "str act", "float unimix", "float min_std", "float rms_eps", "float layer_eps", "bool keep_tape"]
 )
 # Beside the results, what the backward needs: the tape (floats, laid out by whoever wrote it) and the sampled classes.
 _SCHEMA = f"({_INPUTS}) -> (Tensor deter_out, Tensor stoch_out, Tensor statistics, Tensor tape, Tensor index)"
 _BACKWARD_SCHEMA = (
-    "(Tensor? grad_deter, Tensor? grad_stoch, Tensor? grad_statistics, Tensor deter_out, Tensor stoch_out, "
-    f"Tensor statistics, Tensor tape, Tensor index, {_INPUTS}) -> Tensor[]"
+    "(Tensor? grad_deter, Tensor? grad_stoch, Tensor? grad_statistics, bool[] wanted, Tensor deter_out, "
+    f"Tensor stoch_out, Tensor statistics, Tensor tape, Tensor index, {_INPUTS}) -> Tensor[]"
 )
+_RESULTS, _OUTPUTS = 3, 5
 _DIFFERENTIABLE = [i for i in range(len(_TENSORS) + _WEIGHTS) if i not in (2, 5)]
 
 
@@ -178,16 +180,21 @@ def _prepare(
     check_act("act", act)
     numbers = dict(unimix=unimix, min_std=min_std, rms_eps=rms_eps, layer_eps=layer_eps)
     check_numbers(numbers)
-    return *flat, name, act, *map(float, numbers.values())
+    keep_tape = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in flat)
+    return *flat, name, act, *map(float, numbers.values()), keep_tape
 
 
 def split_weights(args) -> tuple[CellWeights, PosteriorWeights, Options]:
     """What follows the eight tensors of the schema, as it was given to `rssm_observe`."""
-    *weights, name, act, unimix, min_std, rms_eps, layer_eps = args
+    *weights, name, act, unimix, min_std, rms_eps, layer_eps, _ = args
+    return *_by_name(weights, name), Options(act, unimix, min_std, rms_eps, layer_eps)
+
+
+def _by_name(weights, name):
+    """What is given of each weight, under its name."""
     kind = CELLS[name]
     cell = kind(*weights[: len(kind._fields)])
-    posterior = PosteriorWeights(*weights[len(cell) : len(cell) + len(PosteriorWeights._fields)])
-    return cell, posterior, Options(act, unimix, min_std, rms_eps, layer_eps)
+    return cell, PosteriorWeights(*weights[len(cell) : len(cell) + len(PosteriorWeights._fields)])
 
 
 def _reference(*args):
@@ -232,7 +239,9 @@ def _fake(*args):
     if embed.is_cuda:
         tape = embed.new_empty(_model(*args).tape_size, dtype=torch.float32)
     else:
-        tape = embed.new_empty(rssm_observe_cpu.tape_size(cell, posterior, T, B, deter.shape[1], latent))
+        keep_tape = args[-1]
+        size = rssm_observe_cpu.tape_size(cell, posterior, T, B, deter.shape[1], latent) if keep_tape else 0
+        tape = embed.new_empty(size)
     return (
         embed.new_empty(T, B, deter.shape[1]),
         embed.new_empty(T, B, *latent),
@@ -242,27 +251,30 @@ def _fake(*args):
     )
 
 
-def _fake_backward(grad_deter, grad_stoch, grad_statistics, deter_out, stoch_out, statistics, tape, index, *args):
-    inputs = (args[i] for i in _DIFFERENTIABLE)
-    return [deter_out.new_empty(0 if x is None else x.shape) for x in inputs]
+def _fake_backward(*args):
+    wanted, deter_out, inputs = args[_RESULTS], args[_RESULTS + 1], args[_RESULTS + 1 + _OUTPUTS :]
+    return [
+        deter_out.new_empty(inputs[i].shape if wants else 0) for i, wants in zip(_DIFFERENTIABLE, wanted, strict=True)
+    ]
 
 
 def _save(ctx, inputs, output):
     count = len(_TENSORS) + _WEIGHTS
     ctx.set_materialize_grads(False)  # the tape has none, and a loss may leave out a result
-    ctx.mark_non_differentiable(*output[3:])
+    ctx.mark_non_differentiable(*output[_RESULTS:])
     ctx.present = [x is not None for x in inputs[:count]]
-    ctx.numbers = inputs[count : count + 6]
+    ctx.rest = inputs[count:]
     ctx.save_for_backward(*output, *(x for x in inputs[:count] if x is not None))
 
 
 def _backward(ctx, *grads):
-    outputs, tensors = ctx.saved_tensors[:5], iter(ctx.saved_tensors[5:])
+    outputs, tensors = ctx.saved_tensors[:_OUTPUTS], iter(ctx.saved_tensors[_OUTPUTS:])
     inputs = [next(tensors) if present else None for present in ctx.present]
-    found = ctx.run_backward(*grads[:3], *outputs, *inputs, *ctx.numbers)
-    results: list[Tensor | None] = [None] * (len(inputs) + len(ctx.numbers))
-    for i, grad in zip(_DIFFERENTIABLE, found, strict=True):
-        if inputs[i] is not None:
+    wanted = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
+    found = ctx.run_backward(*grads[:_RESULTS], wanted, *outputs, *inputs, *ctx.rest)
+    results: list[Tensor | None] = [None] * (len(inputs) + len(ctx.rest))
+    for i, wants, grad in zip(_DIFFERENTIABLE, wanted, found, strict=True):
+        if wants:
             results[i] = grad
     return tuple(results)
 
@@ -272,15 +284,16 @@ def _cpu_forward(*args):
 
 
 def _backward_of(implementation, *args):
-    grads, outputs, inputs = args[:3], args[3:8], args[8:]
-    cell, posterior, options = split_weights(inputs[len(_TENSORS) :])
-    wanted = ((True,) * 6, *(type(x)(*(y is not None for y in x)) for x in (cell, posterior)))
-    wanted = wanted if implementation is rssm_observe_triton else ()
-    found = implementation.backward(grads, outputs, inputs[: len(_TENSORS)], cell, posterior, options, *wanted)
+    grads, wanted = args[:_RESULTS], args[_RESULTS]
+    outputs, inputs = args[_RESULTS + 1 : _RESULTS + 1 + _OUTPUTS], args[_RESULTS + 1 + _OUTPUTS :]
+    weights = inputs[len(_TENSORS) :]
+    count = len(_DIFFERENTIABLE) - _WEIGHTS  # of the tensors before the weights
+    wanted_by_name = wanted[:count], *_by_name(wanted[count:], weights[_WEIGHTS])
+    found = implementation.backward(grads, outputs, inputs[: len(_TENSORS)], *split_weights(weights), *wanted_by_name)
+    flat = [x for grads in found for x in grads]
+    flat += [None] * (len(_DIFFERENTIABLE) - len(flat))
     empty = outputs[0].new_empty(0)
-    tensors, cell_grads, posterior_grads = found
-    flat = [*tensors, *cell_grads, *posterior_grads]
-    return [empty if x is None else x for x in flat] + [empty] * (len(_DIFFERENTIABLE) - len(flat))
+    return [grad if wants else empty for grad, wants in zip(flat, wanted, strict=True)]
 
 
 _cpu_backward, _triton_backward = (partial(_backward_of, x) for x in (rssm_observe_cpu, rssm_observe_triton))
@@ -300,7 +313,7 @@ def _cpu_plan(*args):
 
 
 def _triton_forward(*args):
-    return rssm_observe_triton.forward(args[: len(_TENSORS)], *split_weights(args[len(_TENSORS) :]), taped=True)
+    return rssm_observe_triton.forward(args[: len(_TENSORS)], *split_weights(args[len(_TENSORS) :]), taped=args[-1])
 
 
 def _triton_refuse(*args):
@@ -312,7 +325,7 @@ def _triton_plan(*args):
 
 
 def _model(embed, action, is_first, deter, stoch, noise, initial_deter, initial_stoch, *rest):
-    return rssm_observe_triton.model_of(noise, deter.shape[1], *split_weights(rest), taped=True)
+    return rssm_observe_triton.model_of(noise, deter.shape[1], *split_weights(rest), taped=rest[-1])
 
 
 _op = Op(

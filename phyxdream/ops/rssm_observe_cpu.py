@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -84,7 +85,7 @@ def _common(outputs, tensors, cell, posterior, options):
         "deter_out": deter_out,
         "stoch_out": stoch_out,
         "statistics_out": statistics,
-        "tape": tape,
+        "tape": tape if tape.numel() else None,
         "tape_size": tape.numel(),
         "index": index if noise.dim() == 4 else None,
     }
@@ -97,20 +98,23 @@ def backward(
     cell: CellWeights,
     posterior: PosteriorWeights,
     options: Options,
-) -> tuple[tuple[Tensor, ...], CellWeights, PosteriorWeights]:
-    """Gradients of (embed, action, deter, stoch, initial_deter, initial_stoch), of the cell and of the posterior.
-
-    In the last two, None stands where there was no weight.
-    """
+    wanted: Sequence[bool],
+    wanted_cell: CellWeights,
+    wanted_posterior: PosteriorWeights,
+) -> tuple[tuple[Tensor | None, ...], CellWeights, PosteriorWeights]:
+    """Gradients of (embed, action, deter, stoch, initial_deter, initial_stoch), of the cell and of the posterior; None
+    where none is wanted. The last three arguments have True or False in place of the tensors."""
     embed, action, is_first, deter, stoch, noise, initial_deter, initial_stoch = tensors
     deter_out, stoch_out, _, _, index = outputs
     T, B, *latent = noise.shape
     D, rows, categorical = deter.shape[1], T * B, len(latent) == 2
-    cell_back = rssm_cpu.CellBackward(cell, set(cell._fields), True, deter_out)
-    head = _head(posterior)
-    wanted = LayerWeights(True, False, head.layers[0].gain is not None, head.layers[0].shift is not None)
-    head_back = rssm_cpu.HeadBackward("state", head, HeadWeights((wanted,), True, True), True, deter_out)
-    grad_deter, grad_initial_deter = deter.new_empty(B, D), deter.new_empty(D)
+    wants_embed, wants_action, _, wants_stoch, wants_initial_deter, wants_initial_stoch = wanted
+    cell_wants = {name for name, wants in wanted_cell._asdict().items() if wants}
+    inputs = wants_action or wants_stoch or wants_initial_stoch
+    cell_back = rssm_cpu.CellBackward(cell, cell_wants, inputs, deter_out)
+    wanted_head = HeadWeights((LayerWeights(*wanted_posterior[:4]),), *wanted_posterior[4:])
+    head_back = rssm_cpu.HeadBackward("state", _head(posterior), wanted_head, wants_embed, deter_out)
+    grad_deter, grad_initial_deter = deter.new_empty(B, D), deter.new_empty(D) if wants_initial_deter else None
     arguments = {
         **_common(outputs, tensors, cell, posterior, options),
         **cell_back.arguments(),
@@ -126,46 +130,44 @@ def backward(
     }
     rssm_cpu.call("rssm_scan_backward", arguments)
 
-    first = is_first.unsqueeze(-1)
-    before = rssm_cpu.states_before(deter, deter_out, is_first, initial_deter)
-    action = _reset(action, is_first)
-
-    # Posterior.
-    posterior_grad = head_back.grads[0]
-    grad_embed = product(posterior_grad, posterior.in_weight[:, D:].t()).view(embed.shape)
+    grad_embed = None
+    if wants_embed:
+        grad_embed = product(head_back.grads[0], posterior.in_weight[:, D:].t()).view(embed.shape)
     deters, embeds = deter_out.reshape(rows, D), embed.reshape(rows, -1)
     found = head_back.gradients(lambda grad: rssm_cpu.products(grad, deters, embeds))
-    posterior_grads = PosteriorWeights(
-        in_weight=found.layers[0].weight,
-        in_bias=None if posterior.in_bias is None else rssm_cpu.summed(posterior_grad),
-        in_gain=found.layers[0].gain,
-        in_shift=found.layers[0].shift,
-        out_weight=found.out_weight,
-        out_bias=found.out_bias,
-    )
+    posterior_grads = PosteriorWeights(*found.layers[0], *found[1:])
+
+    first = is_first.unsqueeze(-1)
+    action = _reset(action, is_first)
+    cell_grads = {}
+    if cell_wants:
+        before = rssm_cpu.states_before(deter, deter_out, is_first, initial_deter)
+        cell_grads = cell_back.gradients(before, rssm_cells.clipped(cell, action).reshape(rows, -1))
 
     # Where z came from: the step before, a reset, or, at the first step, the caller.
-    stoch_grad = cell_back.stoch_grad
-    start = initial_stoch.reshape(-1)
-    reset = stoch_grad[is_first.flatten()].sum(0, keepdim=True)
-    grad_initial_stoch = product(reset, cell.in_stoch.t()).view(initial_stoch.shape)
-    kept = torch.where(first[0], 0.0, stoch_grad[:B])
-    grad_stoch = product(kept, cell.in_stoch.t()).view(stoch.shape)
-    if categorical:
+    grad_stoch = grad_initial_stoch = None
+    if wants_stoch or wants_initial_stoch or "in_stoch" in cell_wants:
+        stoch_grad, start = cell_back.stoch_grad, initial_stoch.reshape(-1)
+        reset = stoch_grad[is_first.flatten()].sum(0, keepdim=True)
+        kept = torch.where(first[0], 0.0, stoch_grad[:B])
+    if wants_initial_stoch:
+        grad_initial_stoch = product(reset, cell.in_stoch.t()).view(initial_stoch.shape)
+    if wants_stoch:
+        grad_stoch = product(kept, cell.in_stoch.t()).view(stoch.shape)
+    if "in_stoch" in cell_wants and categorical:
         given = torch.cat([torch.where(first[0], 0.0, stoch.reshape(B, -1)), start.unsqueeze(0)])
         left_out = is_first[1:].flatten()
-        grad_in_stoch = rssm_cpu.one_hot_product(stoch_grad[B:], index[:-1].flatten(0, 1), latent[1], left_out)
-        product(torch.cat([kept, reset]).t(), given.t(), out=grad_in_stoch, add=True)
-    else:
+        by_class = rssm_cpu.one_hot_product(stoch_grad[B:], index[:-1].flatten(0, 1), latent[1], left_out)
+        cell_grads["in_stoch"] = product(torch.cat([kept, reset]).t(), given.t(), out=by_class, add=True)
+    elif "in_stoch" in cell_wants:
         source = torch.cat([stoch.unsqueeze(0), stoch_out[:-1]])
         source = torch.where(first, start, source).reshape(rows, -1)
-        grad_in_stoch = product(stoch_grad.t(), source.t())
+        cell_grads["in_stoch"] = product(stoch_grad.t(), source.t())
 
-    grad_action = _reset(product(cell_back.action_grad, cell.in_action.t()).view(action.shape), is_first)
-    if isinstance(cell, BlockGRUWeights):
-        grad_action /= action.abs().clamp_(min=1)
-    taken = rssm_cells.clipped(cell, action).reshape(rows, -1)
-    found = cell_back.gradients(before, taken) | {"in_stoch": grad_in_stoch}
-    cell_grads = type(cell)(**{name: found.get(name) for name in cell._fields})
+    grad_action = None
+    if wants_action:
+        grad_action = _reset(product(cell_back.action_grad, cell.in_action.t()).view(action.shape), is_first)
+        if isinstance(cell, BlockGRUWeights):
+            grad_action /= action.abs().clamp_(min=1)
     input_grads = (grad_embed, grad_action, grad_deter, grad_stoch, grad_initial_deter, grad_initial_stoch)
-    return input_grads, cell_grads, posterior_grads
+    return input_grads, type(cell)(*(cell_grads.get(name) for name in cell._fields)), posterior_grads

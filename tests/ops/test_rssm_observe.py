@@ -101,13 +101,14 @@ class Case:
         self.noise, self.is_first = self.noise.to(device), self.is_first.to(device)
         return self
 
-    def run(self, backend, **options):
-        """Results, and the gradients of all inputs under fixed gradients of the results, by name."""
-        leaves = {k: x.detach().requires_grad_() for k, x in self.inputs.items()}
+    def run(self, backend, wanted=None, **options):
+        """Results, and the gradients of the wanted inputs (or all) under fixed gradients of the results, by name."""
+        leaves = {k: x.detach().requires_grad_(wanted is None or k in wanted) for k, x in self.inputs.items()}
         with ops.use_backend(backend):
             outputs = self.call(leaves, **options)
         g = torch.Generator().manual_seed(99)
         grads = [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x) for x in outputs]
+        leaves = {k: x for k, x in leaves.items() if x.requires_grad}
         found = torch.autograd.grad(outputs, list(leaves.values()), grads)
         names = ["deter", "stoch", "logits"] if len(outputs) == 3 else ["deter", "stoch", "mean", "std"]
         results = {k: x.detach() for k, x in zip(names, outputs, strict=True)}
@@ -475,6 +476,70 @@ def test_a_loss_may_leave_out_results(kind, latent):
         assert_same(*grads)
 
 
+WANTED = {
+    "model": lambda name: "." in name,
+    "embed": lambda name: name == "embed",
+    "states": lambda name: name in ("deter", "initial_stoch"),
+    "action": lambda name: name == "action",
+    "stoch": lambda name: name == "stoch",
+    "initial_deter": lambda name: name == "initial_deter",
+    "one bias": lambda name: name == "posterior.in_bias",
+    "one weight": lambda name: name == "cell.in_stoch",
+    "gains": lambda name: name.endswith("gain"),
+}
+
+
+@needs_extension
+@pytest.mark.parametrize("wanted", WANTED)
+@pytest.mark.parametrize("latent", LATENTS)
+@pytest.mark.parametrize("kind", CELLS)
+def test_only_what_is_wanted_has_a_gradient(kind, latent, wanted):
+    case = Case(kind, LATENTS[latent], norm="layer", dtype=torch.float32)
+    names = [name for name in case.inputs if WANTED[wanted](name)]
+    expected, actual = case.run("reference", names), case.run("cpu", names)
+    assert set(actual) == set(expected)
+    assert_same(actual, expected)
+
+
+@needs_extension
+def test_what_is_not_wanted_is_not_computed():
+    case = Case(dtype=torch.float32)
+    leaves = {k: x.clone().requires_grad_(k == "action") for k, x in case.inputs.items()}
+    args, keywords = case.arguments(leaves)
+    prepared = op._prepare(*args, **keywords)
+    outputs = torch.ops.phyxdream.rssm_observe(*prepared)
+    wanted = [x is not None and x.requires_grad for i, x in enumerate(prepared[:-7]) if i not in (2, 5)]
+    results = [x.detach() for x in outputs]
+    grads = torch.ops.phyxdream.rssm_observe_backward(*results[:3], wanted, *results, *prepared)
+    assert [x.numel() > 0 for x in grads] == wanted
+    assert sum(wanted) == 1
+
+
+@needs_extension
+@pytest.mark.parametrize(("kind", "latent"), KINDS)
+def test_without_gradients_the_results_are_the_same(kind, latent):
+    case = Case(kind, LATENTS[latent], B=150, dtype=torch.float32)
+    with ops.use_backend("cpu"):
+        taped = case.call({k: x.clone().requires_grad_() for k, x in case.inputs.items()})
+        for actual, expected in zip(case.call(), taped, strict=True):
+            assert torch.equal(actual, expected)
+
+
+@needs_extension
+def test_a_tape_is_kept_where_a_backward_may_follow():
+    case = Case(dtype=torch.float32)
+    leaf = {"embed": case.inputs["embed"].clone().requires_grad_()}
+
+    def tape(inputs):
+        args, keywords = case.arguments(inputs)
+        return torch.ops.phyxdream.rssm_observe(*op._prepare(*args, **keywords))[3]
+
+    assert tape(leaf).numel() > 0
+    assert tape({}).numel() == 0
+    with torch.no_grad():
+        assert tape(leaf).numel() == 0
+
+
 @needs_extension
 def test_the_number_of_threads_changes_no_bit():
     case = Case(D=300, U=200, V=200, latent=(4, 24), E=700, T=3, B=5, dtype=torch.float32)
@@ -590,7 +655,8 @@ def assert_compiles_and_fits(assert_launches_fit, model, dtype, direction, B=16)
         args = op._prepare(*args, **keywords)
         outputs = op._triton_forward(*args)
         if direction == "backward":
-            op._triton_backward(*outputs[:3], *outputs, *args)
+            wanted = [args[i] is not None for i in op._DIFFERENTIABLE]
+            op._triton_backward(*outputs[:3], wanted, *outputs, *args)
 
     assert_launches_fit(call, kernels, f"{direction}_kernel")
 
