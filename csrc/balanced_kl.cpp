@@ -16,10 +16,10 @@
 #include <vector>
 
 #include "bindings.h"
-#include "exp_log.h"
 #include "parallel.h"
 #include "rows.h"
 #include "simd.h"
+#include "vec_math.h"
 
 namespace py = pybind11;
 
@@ -131,7 +131,7 @@ PHYX_INLINE Lanes peaks(const float* x, int64_t size) {
 }
 
 // e^-u for u >= 0; beyond 87 it is as good as 0.
-PHYX_INLINE float decay(float u) { return exp_of_minus(u > 87.0f ? 87.0f : u); }
+PHYX_INLINE float decay(float u) { return normal_exp(u > 87.0f ? -87.0f : -u); }
 
 // post, prior <- e^(· - max), returns their sums. Without unimix, also difference <- (post - max) - (prior - max).
 template <bool kMixed>

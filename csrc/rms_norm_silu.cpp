@@ -11,10 +11,10 @@
 #include <vector>
 
 #include "bindings.h"
-#include "exp_log.h"
 #include "parallel.h"
 #include "rows.h"
 #include "simd.h"
+#include "vec_math.h"
 
 namespace py = pybind11;
 
@@ -62,7 +62,7 @@ PHYX_MULTIVERSION void rms_norm_silu_forward_rows(int64_t rows, int64_t size, fl
 #pragma GCC ivdep
     for (int64_t i = 0; i < size; ++i) {
       const float u = at_least(x[i] * r * weight[i]);
-      y[i] = u / (1.0f + exp_of_minus(at_most(u)));
+      y[i] = u / (1.0f + normal_exp(-at_most(u)));
     }
   }
 }
@@ -76,7 +76,7 @@ PHYX_MULTIVERSION void rms_norm_silu_backward_rows(int64_t rows, int64_t size, f
 #pragma GCC ivdep
     for (int64_t i = 0; i < size; ++i) {
       const float n = x[i] * r, u = at_most(at_least(n * weight[i]));
-      const float e = exp_of_minus(u), sigma = 1.0f / (1.0f + e);
+      const float e = normal_exp(-u), sigma = 1.0f / (1.0f + e);
       const float h = grad[i] * sigma * (1.0f + u * (e * sigma));
       grad_weight[i] += h * n;
       grad_x[i] = h * weight[i];
