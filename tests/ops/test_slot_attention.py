@@ -357,6 +357,26 @@ def test_cpu_agrees_with_the_reference(sizes):
 
 
 @needs_extension
+@settings(max_examples=25, deadline=None)
+@given(
+    sizes=st.fixed_dictionaries(
+        dict(B=st.integers(1, 4), N=st.integers(1, 70), K=st.integers(1, 16), I=st.integers(1, 40))
+        | {name: st.integers(2, 40) for name in "DQH"}
+        | dict(seed=st.integers(0, 2**31))
+    )
+)
+def test_cpu_agrees_with_the_reference_at_any_size(sizes):
+    case, exact = Case(dtype=torch.float32, iterations=2, **sizes), Case(iterations=2, **sizes)
+    exact.tensors, exact.weights = ({k: x.double() for k, x in y.items()} for y in (case.tensors, case.weights))
+    expected, reference = exact.run("reference"), case.run("reference")
+    for name, x in case.run("cpu").items():
+        # Where layer norms amplify what is rounded, the reference is no nearer to the truth than this.
+        usual = (reference[name] - expected[name]).norm()
+        scale = expected[name.replace("slots_shift", "slots_gain")].norm()
+        assert (x - expected[name]).norm() <= 1e-5 * scale + 4 * usual + 1e-6, name
+
+
+@needs_extension
 @pytest.mark.parametrize(
     "options",
     [
@@ -570,15 +590,14 @@ def triton_run(case, *, splits=1, fused=False, **options):
 
 
 def check_sizes_in_the_interpreter():
-    case = Case(dtype=torch.float32)
-    assert_same(triton_run(case), case.run("reference"))
     for sizes in (
+        dict(),
         dict(B=1, N=1, K=1, I=3, D=3, Q=1, H=1),
-        dict(B=2, N=70, K=16, I=17, D=33, Q=15, H=31),
-        dict(B=4, N=40, K=5, I=40, D=64, Q=9, H=20),  # tiles of slots of several elements
+        dict(B=1, N=70, K=16, I=17, D=33, Q=15, H=31),
+        dict(B=4, N=10, K=5, I=33, D=17, Q=9, H=20),  # tiles of slots of several elements
     ):
         case = Case(dtype=torch.float32, iterations=2, **sizes)
-        assert_same(triton_run(case, fused=sizes["K"] == 16), case.run("reference"))
+        assert_same(triton_run(case, fused=sizes.get("K") == 16), case.run("reference"))
     case = Case(B=1, N=100, K=2, iterations=2, dtype=torch.float32)
     assert_same(triton_run(case, splits=5), case.run("reference"))  # the last of them without a token
 
@@ -586,7 +605,7 @@ def check_sizes_in_the_interpreter():
 def check_options_in_the_interpreter():
     for options in (
         dict(iterations=1, eps=0.1),
-        dict(slot_mask=MASK, iterations=2),
+        dict(slot_mask=MASK),
         dict(slot_mask=MASK, eps=0.0, implicit=True, iterations=2, layer_eps=0.1),
         dict(implicit=True, iterations=2, return_attention=False),
     ):
@@ -663,21 +682,18 @@ def test_triton_compiles_and_fits(assert_launches_fit, direction):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    "sizes",
+    ("sizes", "dtypes"),
     [
-        dict(B=1024, N=64, K=7, I=64, D=64, Q=64, H=128),
-        dict(B=32, N=4096, K=7, I=64, D=64, Q=64, H=128),
-        dict(B=64, N=256, K=16, I=128, D=128, Q=128, H=256),
-        dict(B=64, N=100, K=5, I=33, D=19, Q=7, H=40),
+        (dict(B=1024, N=64, K=7, I=64, D=64, Q=64, H=128), (torch.bfloat16, torch.float32)),
+        (dict(B=32, N=4096, K=7, I=64, D=64, Q=64, H=128), (torch.bfloat16, torch.float32)),
+        (dict(B=64, N=256, K=16, I=128, D=128, Q=128, H=256), (torch.bfloat16,)),
     ],
     ids=str,
 )
-def test_triton_compiles_and_fits_at_all_sizes(assert_launches_fit, sizes, dtype, direction):
-    if dtype is torch.float32 and sizes["D"] > 64:
-        pytest.skip("refused")
-    assert_compiles_and_fits(assert_launches_fit, direction, dtype, **sizes)
+def test_triton_compiles_and_fits_at_all_sizes(assert_launches_fit, sizes, dtypes, direction):
+    for dtype in dtypes:
+        assert_compiles_and_fits(assert_launches_fit, direction, dtype, **sizes)
 
 
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
