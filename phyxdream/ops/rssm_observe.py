@@ -236,17 +236,16 @@ def _fake(*args):
     cell, posterior, _ = split_weights(args[len(_TENSORS) :])
     T, B, *latent = noise.shape
     statistics = posterior.out_weight.shape[0]
-    if embed.is_cuda:
-        tape = embed.new_empty(_model(*args).tape_size, dtype=torch.float32)
-    else:
-        keep_tape = args[-1]
-        size = rssm_observe_cpu.tape_size(cell, posterior, T, B, deter.shape[1], latent) if keep_tape else 0
-        tape = embed.new_empty(size)
+    size, keep_tape = 0, args[-1]
+    if keep_tape and embed.is_cuda:
+        size = _model(*args).tape_size
+    elif keep_tape:
+        size = rssm_observe_cpu.tape_size(cell, posterior, T, B, deter.shape[1], latent)
     return (
         embed.new_empty(T, B, deter.shape[1]),
         embed.new_empty(T, B, *latent),
         embed.new_empty(T, B, statistics),
-        tape,
+        embed.new_empty(size, dtype=torch.float32),
         embed.new_empty((T, B, latent[0]) if len(latent) == 2 else 0, dtype=torch.int32),
     )
 

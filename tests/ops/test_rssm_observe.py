@@ -595,12 +595,18 @@ def check_what_else_triton_takes_in_the_interpreter():
     case.tensors["stoch"].fill_(torch.nan)
     case.tensors["action"][case.is_first] = torch.nan
     assert_same(triton_run(case, "tile"), expected)  # nothing crosses a reset
+    with ops.use_backend("triton"), torch.no_grad():
+        found = dict(zip(expected, case.call(), strict=False))  # without a tape
+    assert_same(found, {name: expected[name] for name in found})
 
     for name in list(case.cell):
         if name.endswith("_bias") and name not in NEEDED:
             case.cell[name] = None
     case.tensors = {k: x.nan_to_num().movedim(0, -1).contiguous().movedim(-1, 0) for k, x in case.tensors.items()}
     assert_same(triton_run(case, "tile"), case.run("reference"))  # no biases, other strides
+
+    for wanted in (("stoch", "cell.mix_gain", "posterior.in_weight"), ("action", "initial_deter")):
+        assert_same(triton_run(case, "tile", wanted=wanted), case.run("reference", wanted))
 
     leaves = {k: x.clone().requires_grad_() for k, x in case.inputs.items()}
     with ops.use_backend("triton"):
@@ -652,7 +658,7 @@ def assert_compiles_and_fits(assert_launches_fit, model, dtype, direction, B=16)
 
     def call():
         args, keywords = Case(T=64, B=B, E=1024, A=6, dtype=dtype, **MODELS[model]).arguments()
-        args = op._prepare(*args, **keywords)
+        args = (*op._prepare(*args, **keywords)[:-1], True)  # with a tape
         outputs = op._triton_forward(*args)
         if direction == "backward":
             wanted = [args[i] is not None for i in op._DIFFERENTIABLE]
