@@ -1,4 +1,4 @@
-"""The command line: train, eval, report, replay, bench, info. Typed options come from `DreamerConfig`."""
+"""The command line: train, eval, report, replay, slots, bench, info. Typed options come from `DreamerConfig`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ USAGE = """usage: phyxdream COMMAND [...]
   eval RUN [--options]         evaluate the trained agent of a run directory
   report RUN                   write the HTML report of a run directory
   replay inspect PATH          what lies in the replay of a run, a checkpoint or a snapshot
+  slots [--options]            train a slot autoencoder on scenes of sprites, scored against the true masks
   bench [SUITE...]             time the fused ops against PyTorch on this machine; a table, a JSON file, pictures
   info                         backends and environments found, versions, GPU, and why something is off
 
@@ -103,7 +104,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 an error the user can act on, 2 wrong usage, 128+n signal n."""
     argv = sys.argv[1:] if argv is None else argv
     commands: dict[str, Callable[[list[str]], int]] = {
-        "train": _train, "eval": _eval, "report": _report, "replay": _replay, "bench": _bench, "info": _info,
+        "train": _train, "eval": _eval, "report": _report, "replay": _replay,
+        "slots": _slots, "bench": _bench, "info": _info,
     }  # fmt: skip
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE.format(presets=", ".join(PRESETS)))
@@ -206,6 +208,18 @@ def _replay(argv: list[str]) -> int:
         write_contact_sheet(found, options.frames)
         print(f"frames: {options.frames}")
     return 0
+
+
+def _slots(argv: list[str]) -> int:
+    from phyxdream.train.slots import SlotsConfig, train_slots
+
+    config = tyro.cli(SlotsConfig, args=argv, prog="phyxdream slots")
+    result = train_slots(config)
+    s = result.scores
+    print(f"held-out scenes after {result.steps:,} steps: FG-ARI {s['FG-ARI']:.3f}, mask IoU {s['mask IoU']:.3f}, "
+          f"{s['slots used']:.1f} of {config.slots} slots used")  # fmt: skip
+    print(f"curve, pictures and weights: {result.path}")
+    return 0 if result.signal is None else 128 + result.signal
 
 
 def _bench(argv: list[str]) -> int:

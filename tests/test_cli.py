@@ -44,6 +44,17 @@ def test_train_on_slots(tmp_path, capsys):
     assert "over 2 episodes" in capsys.readouterr().out
 
 
+def test_slots(tmp_path, capsys):
+    out = tmp_path / "slots"
+    tiny = ["--steps", "3", "--batch-size", "2", "--held-out", "4", "--size", "16", "--slots", "3", "--slot-size", "8",
+            "--depth", "4", "--token-size", "8", "--decoder-size", "8"]  # fmt: skip
+    assert main(["slots", *tiny, "--quiet", "--out", str(out)]) == 0
+    output = capsys.readouterr().out
+    assert "after 3 steps: FG-ARI" in output and "of 3 slots used" in output and str(out) in output
+    assert main(["slots", *tiny, "--out", str(out)]) == 1
+    assert "not empty" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -56,6 +67,9 @@ def test_train_on_slots(tmp_path, capsys):
         (["train", *TINY, "--device", "cuda:99"], ["device"]),
         (["train", *TINY, "--deter-size", "17"], ["deter_size", "blocks"]),
         (["train", "--resume", "--logdir", "nowhere"], ["nowhere"]),
+        (["slots", "--steps", "0"], ["steps", "0"]),
+        (["slots", "--sprites", "4", "3"], ["sprites", "(4, 3)"]),
+        (["slots", "--patch", "0"], ["patch", "0"]),
         (["eval", "nowhere"], ["nowhere"]),
         (["report", "nowhere"], ["nowhere"]),
         (["replay", "inspect", "nowhere"], ["nowhere", "does not exist"]),
@@ -77,7 +91,8 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(arguments, words, tmp_
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [(["trian"], "train"), (["train", "--lerning-rate", "1"], "--learning-rate"), ([], "usage"),
-     (["train", "--cell", "lstm"], "block_gru"), (["replay"], "inspect"), (["replay", "inspct"], "did you mean"),
+     (["train", "--cell", "lstm"], "block_gru"), (["slots", "--initial", "zero"], "gaussian"),
+     (["replay"], "inspect"), (["replay", "inspct"], "did you mean"),
      (["replay", "inspect"], "PATH")],
 )  # fmt: skip
 def test_wrong_usage_exits_with_2_and_the_nearest_name(arguments, word, tmp_path, monkeypatch, capsys):

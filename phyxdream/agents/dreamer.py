@@ -93,7 +93,7 @@ class DreamerAgent:
             raise ConfigError(f"actor_dist: {self.config.actor_dist!r} needs continuous actions, the environment's "
                               "are discrete")  # fmt: skip
         self.shapes = {name: space.shape for name, space in observation_space.spaces.items()}
-        self.device = _device(self.config.device)
+        self.device = resolve_device(self.config.device)
         # Building the nets must neither depend on nor disturb the caller's random numbers.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.config.seed)  # torch.manual_seed would reseed the GPUs as well
@@ -260,7 +260,7 @@ def _check_spaces(observation: gymnasium.Space, action: gymnasium.Space) -> None
         raise EnvError(f"action_space: expected a Discrete that starts at 0, got start={action.start}")
 
 
-def _device(name: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -11,8 +11,8 @@ et al., "Conditional Object-Centric Learning from Video", 2022, for slots that g
 is a stack of transposed convolutions for each slot, which is most of the work of a step. Here a slot meets the position
 of each patch in a sum, of which the position's part is computed once for all pictures and slots, and dense layers turn
 the sum into the patch: products of matrices, and nothing at full resolution but the answer. (Sines of the position, and
-products of it with slots, fit given shapes in half the steps; but a decoder that cuts a picture up so easily does it
-before slots have found objects, and keeps to its regions.)
+products of it with slots, fit given shapes in fewer steps. In the few short runs that compared them, masks then came to
+follow regions rather than objects; those runs were too few to tell.)
 """
 
 from __future__ import annotations

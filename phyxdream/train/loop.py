@@ -237,7 +237,7 @@ def train(agent: DreamerAgent, resume: bool = False, quiet: bool = False) -> Tra
     session = Session(agent)  # first of all: an environment that cannot be made leaves no run directory behind
     try:
         run = session.run = Run.create(c.logdir or default_logdir(c), c.to_dict(), resume=resume)
-        with Metrics(run) as metrics, _signals() as received:
+        with Metrics(run) as metrics, catch_signals() as received:
             newest = checkpoint.latest(run) if resume else None
             note = ""
             if newest is not None:
@@ -310,7 +310,7 @@ def default_logdir(config: DreamerConfig) -> str:
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
+def catch_signals() -> Iterator[list[int]]:
     """Collects SIGINT and SIGTERM instead of dying from them; a second SIGINT interrupts as usual."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
