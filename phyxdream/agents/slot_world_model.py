@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,21 @@ from phyxdream.nn.slot_vision import SlotDecoder, SlotEncoder
 from phyxdream.nn.vision import Decoder, Encoder, as_float_image, image_groups, split_shapes
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass
+class SlotExplanation:
+    """What `SlotWorldModel.explain_slots` returns, of the first picture.
+
+    Attributes:
+        pictures: (T, B, K, C, H, W), what each slot paints.
+        masks: (T, B, K, H, W), where; they sum to 1 over slots.
+        attention: (S, B, K, h, w), of the encoder at the S steps it saw; it sums to 1 over slots.
+    """
+
+    pictures: Tensor
+    masks: Tensor
+    attention: Tensor
 
 
 class SlotWorldModel(WorldModel):
@@ -100,6 +115,32 @@ class SlotWorldModel(WorldModel):
             vector = vector.unsqueeze(-2).expand(*slots.shape[:-1], -1)
         embed = slots if vector is None else torch.cat([slots, vector], -1)
         return self.project(embed), carry
+
+    @torch.no_grad()
+    def explain_slots(
+        self, batch: Batch, context: int | None = None, generator: torch.Generator | None = None
+    ) -> SlotExplanation:
+        """What every slot paints, where, and what it attends to.
+
+        Args:
+            batch: observations (T, B, *shape), action (T, B, A), is_first (T, B).
+            context: as for `open_loop_feature`; None: all steps are filtered.
+            generator: draws the noise.
+        """
+        T = len(batch["action"])
+        context = T if context is None else context
+        generator = generator or torch.Generator(batch["action"].device).manual_seed(0)
+        before = generator.get_state()
+        seen = {name: batch[name][:context] for name in self.names}
+        *_, attention = self.encoder(seen, batch["is_first"][:context], None, generator, return_attention=True)
+        generator.set_state(before)  # the filter's slots start where these did
+        if context < T:
+            feature = self.open_loop_feature(batch, context, generator)
+        else:
+            feature = self.filter(batch, generator=generator).feature
+        mixture = self.decoder(feature)[self.encoder.images[0]]
+        size = self.encoder.slots.tokens.size
+        return SlotExplanation(mixture.pictures, mixture.masks, attention.unflatten(-1, size))
 
     def kl(self, post: State, prior: State, free_nats: float) -> tuple[Tensor, Tensor]:
         if self.per_slot:
