@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from phyxdream.agents.world_model import Batch, WorldModel
+from phyxdream.agents.world_model import Batch, Encoded, WorldModel
 from phyxdream.errors import ConfigError
-from phyxdream.nn.distributions import SquaredError
+from phyxdream.nn.distributions import SlotMixture, SquaredError
 from phyxdream.nn.heads import SlotHead
 from phyxdream.nn.layers import linear, norm_act
 from phyxdream.nn.rssm import State
@@ -102,19 +102,27 @@ class SlotWorldModel(WorldModel):
 
     def embed(self, observation: Batch) -> Tensor:
         """Observations (T, B, *shape) of sequences that start anew to embeddings (T, B, E), or (T, B, K, E)."""
-        return self.embed_sequence(observation, None, None)[0]
+        return self.encode(observation, None, None).embed
 
-    def embed_sequence(
-        self, batch: Batch, state: State | None, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def encode(self, batch: Batch, state: State | None, generator: torch.Generator | None) -> Encoded:
         carry = None if state is None else state.slots
         slots, vector, carry, _ = self.encoder(batch, batch.get("is_first"), carry, generator)
-        if not self.per_slot:
-            slots = slots.flatten(-2)
-        elif vector is not None:
-            vector = vector.unsqueeze(-2).expand(*slots.shape[:-1], -1)
-        embed = slots if vector is None else torch.cat([slots, vector], -1)
-        return self.project(embed), carry
+        embed = slots if self.per_slot else slots.flatten(-2)
+        if vector is not None:
+            vector = vector.unsqueeze(-2).expand(*slots.shape[:-1], -1) if self.per_slot else vector
+            embed = torch.cat([embed, vector], -1)
+        return Encoded(self.project(embed), carry, slots)
+
+    def encoder_losses(self, encoded: Encoded, batch: Batch) -> dict[str, Tensor]:
+        """Pictures painted from the encoder's own slots. What reaches slots through the RSSM alone is too noisy for
+        long to tell objects apart."""
+        if not self.config.slot_coeff:
+            return {}
+        painted = self.decoder.paint(encoded.slots)
+        return {"slots": sum(picture.loss(self._target(batch[name])) for name, picture in painted.items())}
+
+    def loss_coeff(self, name: str) -> float:
+        return self.config.slot_coeff if name == "slots" else super().loss_coeff(name)
 
     @torch.no_grad()
     def explain_slots(
@@ -225,13 +233,18 @@ class SlotObservationDecoder(nn.Module):
         slots = self.to_slots(feature)
         if self.slots is not None:
             slots = slots.unflatten(-1, (self.slots, self.slot_size))
-        mixture = self.painter(self.slots_act(slots))
+        out = self.paint(self.slots_act(slots))
+        return out if self.vector_net is None else out | self.vector_net(feature)
+
+    def paint(self, slots: Tensor) -> dict[str, SlotMixture]:
+        """Slots (..., K, D) to a distribution per picture."""
+        mixture = self.painter(slots)
         out, first = {}, 0
         for name, channels in self.channels.items():
             one = len(self.channels) == 1
             out[name] = mixture if one else mixture.channels(first, first + channels)
             first += channels
-        return out if self.vector_net is None else out | self.vector_net(feature)
+        return out
 
 
 def _stacked(shapes: Shapes) -> tuple[int, int, int]:
