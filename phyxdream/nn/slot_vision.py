@@ -307,7 +307,7 @@ class SlotDecoder(nn.Module):
         x = self.first(self.from_slot(slots).unsqueeze(-2) + self.position(self.grid))  # (..., K, cells, hidden)
         parts = self.out(self.body(x))
         patches = parts.unflatten(-1, (-1, self.patch, self.patch)).unflatten(-4, self.cells)
-        return SlotMixture.of_patches(patches, self.shape[1:], self.l1)
+        return SlotMixture(patches, self.shape[1:], self.l1)
 
 
 @dataclass
