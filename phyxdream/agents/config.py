@@ -312,15 +312,16 @@ SIZES = {
 
 # Slots on moving sprites, sized for two CPU cores; `--slot-mode per_slot` for a state of each slot.
 _PHYXDREAM: dict[str, Any] = dict(
-    env_backend="gym", env="phyxdream/Sprites-v0", size="1m", slot_mode="embed", slots=5, slot_stride=2,
-    slot_layers=3, l1_coeff=0.1, deter_size=256, stoch_size=16, classes=8, num_envs=4, batch_length=16,
-    train_ratio=64.0, learning_rate=4e-4, warmup=500, actor_layers=2, critic_layers=2, discount=0.97,
+    env_backend="gym", env="phyxdream/Sprites-v0", total_steps=16_000, size="1m", slot_mode="embed", slots=4,
+    slot_size=32, slot_iterations=2, slot_stride=4, slot_layers=2, slot_patch=8, slot_coeff=5.0,
+    reconstruction_coeff=5.0, deter_size=128, stoch_size=16, classes=8, batch_length=16, train_ratio=32.0,
+    imagine_horizon=10, learning_rate=1e-3, warmup=100, actor_layers=2, critic_layers=2, discount=0.95,
+    entropy_coeff=3e-3, log_every=400, replay_capacity=100_000,
 )  # fmt: skip
-# A rendered hand: sized for a GPU, though a CPU runs it too.
-_HAND: dict[str, Any] = _PHYXDREAM | dict(
-    pixels=True, image_size=64, size="12m", slots=7, slot_size=64, deter_size=1024, stoch_size=32, classes=16,
-    num_envs=8, batch_length=32, replay_capacity=200_000, train_ratio=32.0, imagine_horizon=15, learning_rate=1e-4,
-    warmup=1_000, actor_layers=3, critic_layers=3, discount=0.99, entropy_coeff=3e-4,
+# A hand in pictures: sized for a GPU, though a CPU runs it too.
+_HAND: dict[str, Any] = dict(
+    pixels=True, image_size=64, slot_mode="embed", slots=7, slot_stride=2, slot_layers=3, l1_coeff=0.1,
+    deter_size=1024, batch_length=32, learning_rate=1e-4, discount=0.99, replay_capacity=200_000,
 )  # fmt: skip
 
 PRESETS: dict[str, dict[str, Any]] = {

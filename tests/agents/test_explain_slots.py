@@ -8,7 +8,9 @@ from phyxdream.train.report_slots import SlotView, play, slot_panels
 
 @pytest.mark.parametrize(("mode", "initial"), [("embed", "learned"), ("per_slot", "gaussian")])
 def test_slots_of_an_agent_are_explained(mode, initial):
-    agent = DreamerAgent(preset("phyxdream", slot_mode=mode, slot_initial=initial, image_size=16, slots=3))
+    agent = DreamerAgent(
+        preset("phyxdream", slot_mode=mode, slot_initial=initial, image_size=16, slots=3, slot_stride=2)
+    )
     batch, _ = play(agent, sequences=2, length=7)
     batch["action"] = agent.encode_action(batch["action"])
     model = agent.model.world_model
