@@ -45,6 +45,13 @@ def test_positions_are_those_of_the_cells():
     torch.testing.assert_close(position(), position.project(torch.tensor(grid)))
 
 
+@pytest.mark.parametrize("initial", ["gaussian", "learned"])
+def test_slots_start_close_together_and_apart(initial):
+    model = encoder(initial=initial, slots=64, slot_size=64).attention
+    spread = model.initial_state(1, None if initial == "learned" else model.draw_noise(1))[0].std(0)
+    assert spread.min() > 0.05 and spread.max() < 0.2
+
+
 OPTIONS = [{}, dict(initial="learned"), dict(recurrent=True), dict(recurrent=True, predictor=True, initial="learned")]
 
 
