@@ -139,6 +139,8 @@ class DreamerConfig:
     slot_decoder_layers: int = 2
     slot_patch: int = 4
     """Side in pixels of the patches that slots are painted in."""
+    slot_coeff: float = 1.0
+    """Weight of the pictures painted from the encoder's own slots, which teach it objects without the RSSM between."""
     slot_message_size: int = 64
     """Size of the messages between the RSSMs of `per_slot`, made by self-attention before each step: a multiple of 4,
     its heads. 0: slots know nothing of each other, and the scan over time is one fused call."""
@@ -228,7 +230,8 @@ class DreamerConfig:
             continue_coeff=0, kl_loss_coeff=0, dynamics_coeff=0, representation_coeff=0, free_nats=0, imagine_horizon=1,
             imagine_last=2, entropy_coeff=0, slow_critic_coeff=0, replay_critic_coeff=0, adam_eps=0, warmup=0, seed=0,
             slots=1, slot_size=1, slot_iterations=1, slot_depth=1, slot_layers=1, slot_stride=1, slot_decoder_size=1,
-            slot_decoder_layers=1, slot_patch=1, slot_message_size=0, l1_coeff=0,
+            slot_decoder_layers=1, slot_patch=1, slot_message_size=0, slot_coeff=0,
+            l1_coeff=0,
         )  # fmt: skip
         kinds = {f.name: str(f.type) for f in fields(self)}
         for name, low in at_least.items():
@@ -307,6 +310,20 @@ SIZES = {
 }
 """Sizes of DreamerV3 (danijar/dreamerv3 configs.yaml)."""
 
+# Slots on moving sprites, sized for two CPU cores; `--slot-mode per_slot` for a state of each slot.
+_PHYXDREAM: dict[str, Any] = dict(
+    env_backend="gym", env="phyxdream/Sprites-v0", total_steps=16_000, size="1m", slot_mode="embed", slots=4,
+    slot_size=32, slot_iterations=2, slot_stride=4, slot_layers=2, slot_patch=8, slot_coeff=5.0,
+    reconstruction_coeff=5.0, deter_size=128, stoch_size=16, classes=8, batch_length=16, train_ratio=32.0,
+    imagine_horizon=10, learning_rate=1e-3, warmup=100, actor_layers=2, critic_layers=2, discount=0.95,
+    entropy_coeff=3e-3, log_every=400, replay_capacity=100_000,
+)  # fmt: skip
+# A hand in pictures: sized for a GPU, though a CPU runs it too.
+_HAND: dict[str, Any] = dict(
+    pixels=True, image_size=64, slot_mode="embed", slots=7, slot_stride=2, slot_layers=3, l1_coeff=0.1,
+    deter_size=1024, batch_length=32, learning_rate=1e-4, discount=0.99, replay_capacity=200_000,
+)  # fmt: skip
+
 PRESETS: dict[str, dict[str, Any]] = {
     "dreamer_v3": {},
     # What bare `phyxdream train` runs: 10x5 pictures, episodes of nine steps, minutes on two CPU cores.
@@ -316,12 +333,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         entropy_coeff=3e-3, actor_layers=2, critic_layers=2, log_every=500, eval_episodes=100,
         replay_capacity=100_000, checkpoint_every=60.0,
     ),
-    # Slots on moving sprites, sized for two CPU cores; `--slot-mode per_slot` for a state of each slot.
-    "phyxdream": dict(
-        env_backend="gym", env="phyxdream/Sprites-v0", size="1m", slot_mode="embed", slots=5, slot_stride=2,
-        slot_layers=3, l1_coeff=0.1, deter_size=256, stoch_size=16, classes=8, num_envs=4, batch_length=16,
-        train_ratio=64.0, learning_rate=4e-4, warmup=500, actor_layers=2, critic_layers=2, discount=0.97,
-    ),
+    "phyxdream": _PHYXDREAM,
+    "phyxdream-hand": _HAND | dict(env_backend="envpool", env="HandManipulateBlockRotateZDense-v1"),
+    "phyxdream-hand-touch": _HAND
+    | dict(env_backend="robotics", env="HandManipulateBlockRotateZ_BooleanTouchSensorsDense-v1"),
+    "phyxdream-leap": _HAND | dict(env_backend="envpool", env="LeapCubeReorient-v1"),
 }  # fmt: skip
 
 

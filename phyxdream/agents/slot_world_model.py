@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from phyxdream.agents.world_model import Batch, WorldModel
+from phyxdream.agents.world_model import Batch, Encoded, WorldModel
 from phyxdream.errors import ConfigError
-from phyxdream.nn.distributions import SquaredError
+from phyxdream.nn.distributions import SlotMixture, SquaredError
 from phyxdream.nn.heads import SlotHead
 from phyxdream.nn.layers import linear, norm_act
 from phyxdream.nn.rssm import State
@@ -19,6 +19,21 @@ from phyxdream.nn.slot_vision import SlotDecoder, SlotEncoder
 from phyxdream.nn.vision import Decoder, Encoder, as_float_image, image_groups, split_shapes
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass
+class SlotExplanation:
+    """What `SlotWorldModel.explain_slots` returns, of the first picture.
+
+    Attributes:
+        pictures: (T, B, K, C, H, W), what each slot paints.
+        masks: (T, B, K, H, W), where; they sum to 1 over slots.
+        attention: (S, B, K, h, w), of the encoder at the S steps it saw; it sums to 1 over slots.
+    """
+
+    pictures: Tensor
+    masks: Tensor
+    attention: Tensor
 
 
 class SlotWorldModel(WorldModel):
@@ -87,19 +102,53 @@ class SlotWorldModel(WorldModel):
 
     def embed(self, observation: Batch) -> Tensor:
         """Observations (T, B, *shape) of sequences that start anew to embeddings (T, B, E), or (T, B, K, E)."""
-        return self.embed_sequence(observation, None, None)[0]
+        return self.encode(observation, None, None).embed
 
-    def embed_sequence(
-        self, batch: Batch, state: State | None, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def encode(self, batch: Batch, state: State | None, generator: torch.Generator | None) -> Encoded:
         carry = None if state is None else state.slots
         slots, vector, carry, _ = self.encoder(batch, batch.get("is_first"), carry, generator)
-        if not self.per_slot:
-            slots = slots.flatten(-2)
-        elif vector is not None:
-            vector = vector.unsqueeze(-2).expand(*slots.shape[:-1], -1)
-        embed = slots if vector is None else torch.cat([slots, vector], -1)
-        return self.project(embed), carry
+        embed = slots if self.per_slot else slots.flatten(-2)
+        if vector is not None:
+            vector = vector.unsqueeze(-2).expand(*slots.shape[:-1], -1) if self.per_slot else vector
+            embed = torch.cat([embed, vector], -1)
+        return Encoded(self.project(embed), carry, slots)
+
+    def encoder_losses(self, encoded: Encoded, batch: Batch) -> dict[str, Tensor]:
+        """Pictures painted from the encoder's own slots. What reaches slots through the RSSM alone is too noisy for
+        long to tell objects apart."""
+        if not self.config.slot_coeff:
+            return {}
+        painted = self.decoder.paint(encoded.slots)
+        return {"slots": sum(picture.loss(self._target(batch[name])) for name, picture in painted.items())}
+
+    def loss_coeff(self, name: str) -> float:
+        return self.config.slot_coeff if name == "slots" else super().loss_coeff(name)
+
+    @torch.no_grad()
+    def explain_slots(
+        self, batch: Batch, context: int | None = None, generator: torch.Generator | None = None
+    ) -> SlotExplanation:
+        """What every slot paints, where, and what it attends to.
+
+        Args:
+            batch: observations (T, B, *shape), action (T, B, A), is_first (T, B).
+            context: as for `open_loop_feature`; None: all steps are filtered.
+            generator: draws the noise.
+        """
+        T = len(batch["action"])
+        context = T if context is None else context
+        generator = generator or torch.Generator(batch["action"].device).manual_seed(0)
+        before = generator.get_state()
+        seen = {name: batch[name][:context] for name in self.names}
+        *_, attention = self.encoder(seen, batch["is_first"][:context], None, generator, return_attention=True)
+        generator.set_state(before)  # the filter's slots start where these did
+        if context < T:
+            feature = self.open_loop_feature(batch, context, generator)
+        else:
+            feature = self.filter(batch, generator=generator).feature
+        mixture = self.decoder(feature)[self.encoder.images[0]]
+        size = self.encoder.slots.tokens.size
+        return SlotExplanation(mixture.pictures, mixture.masks, attention.unflatten(-1, size))
 
     def kl(self, post: State, prior: State, free_nats: float) -> tuple[Tensor, Tensor]:
         if self.per_slot:
@@ -184,13 +233,18 @@ class SlotObservationDecoder(nn.Module):
         slots = self.to_slots(feature)
         if self.slots is not None:
             slots = slots.unflatten(-1, (self.slots, self.slot_size))
-        mixture = self.painter(self.slots_act(slots))
+        out = self.paint(self.slots_act(slots))
+        return out if self.vector_net is None else out | self.vector_net(feature)
+
+    def paint(self, slots: Tensor) -> dict[str, SlotMixture]:
+        """Slots (..., K, D) to a distribution per picture."""
+        mixture = self.painter(slots)
         out, first = {}, 0
         for name, channels in self.channels.items():
             one = len(self.channels) == 1
             out[name] = mixture if one else mixture.channels(first, first + channels)
             first += channels
-        return out if self.vector_net is None else out | self.vector_net(feature)
+        return out
 
 
 def _stacked(shapes: Shapes) -> tuple[int, int, int]:

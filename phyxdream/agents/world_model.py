@@ -21,6 +21,21 @@ Batch = Mapping[str, Tensor]
 
 
 @dataclass
+class Encoded:
+    """What an encoder makes of a sequence.
+
+    Attributes:
+        embed: (T, B, E), or (T, B, K, E) for a state of each slot.
+        carry: what an encoder with a memory hands on after every step, (T, B, ...), or None.
+        slots: (T, B, K, D) of its pictures, or None.
+    """
+
+    embed: Tensor
+    carry: Tensor | None = None
+    slots: Tensor | None = None
+
+
+@dataclass
 class WorldModelOutput:
     """`losses`: unscaled, each (T, B); `post`: posterior states (T, B, ...), in the graph; `metrics`: 0-d tensors."""
 
@@ -90,18 +105,21 @@ class WorldModel(nn.Module):
         """Observations (..., *shape) to embeddings (..., E)."""
         return self.project(self.encoder(observation))
 
-    def embed_sequence(
-        self, batch: Batch, state: State | None, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Embeddings (T, B, E) of a batch with is_first that follows `state` (B, ...), and what an encoder with a
-        memory hands on after every step, or None."""
-        return self.embed(batch), None
+    def encode(self, batch: Batch, state: State | None, generator: torch.Generator | None) -> Encoded:
+        """Embeddings of a batch with is_first that follows `state` (B, ...)."""
+        return Encoded(self.embed(batch))
+
+    def encoder_losses(self, encoded: Encoded, batch: Batch) -> dict[str, Tensor]:
+        """What the encoder is taught of itself: losses (T, B) by name."""
+        return {}
 
     def filter(self, batch: Batch, state: State | None = None, generator: torch.Generator | None = None) -> State:
         """Posterior states (T, B, ...) of a batch: observations (T, B, *shape), action (T, B, A), is_first (T, B)."""
-        embed, slots = self.embed_sequence(batch, state, generator)
-        post = self.rssm.filter(embed, batch["action"], batch["is_first"], state, generator=generator)
-        return replace(post, slots=slots)
+        return self._filter(self.encode(batch, state, generator), batch, state, generator)
+
+    def _filter(self, encoded: Encoded, batch: Batch, state: State | None, generator: torch.Generator | None) -> State:
+        post = self.rssm.filter(encoded.embed, batch["action"], batch["is_first"], state, generator=generator)
+        return replace(post, slots=encoded.carry)
 
     def kl(self, post: State, prior: State, free_nats: float) -> tuple[Tensor, Tensor]:
         """`balanced_kl` of all latent variables: each (T, B)."""
@@ -154,7 +172,8 @@ class WorldModel(nn.Module):
         The continuation target carries the discount, so imagination multiplies by the predicted continuation alone.
         """
         c = self.config
-        post = self.filter(batch, state, generator)
+        encoded = self.encode(batch, state, generator)
+        post = self._filter(encoded, batch, state, generator)
         prior = self.rssm.prior_at(post)
         dynamics, representation = self.kl(post, prior, c.free_nats)
         feature = post.feature
@@ -166,6 +185,7 @@ class WorldModel(nn.Module):
             "reward": self.reward(feature).loss(batch["reward"]),
             "continue": self.cont(feature).loss(target),
             **{name: decoded[name].loss(self._target(batch[name])) for name in self.names},
+            **self.encoder_losses(encoded, batch),
         }
         with torch.no_grad():
             metrics = {"kl": self.kl(post, prior, 0.0)[0].mean()}

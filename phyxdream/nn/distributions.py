@@ -181,29 +181,53 @@ class SlotMixture(SquaredError):
         pictures: (..., K, C, H, W).
     """
 
-    def __init__(self, colours: Tensor, weights: Tensor, size: tuple[int, int], l1: float = 0.0):
-        self._colours, self._weights, self._size = colours, weights, size
-        # Patches become pictures after the sum, which has K times fewer of them.
-        mixed = sum(w * c for w, c in zip(weights.unbind(-6), colours.unbind(-6), strict=True))
-        super().__init__(_picture(mixed, size), 3, l1=l1)
-
-    @classmethod
-    def of_patches(cls, patches: Tensor, size: tuple[int, int], l1: float = 0.0) -> SlotMixture:
+    def __init__(self, patches: Tensor, size: tuple[int, int], l1: float = 0.0):
         """From what a decoder of patches returns, (..., K, rows, columns, C + 1, P, P): colours, and the logits of the
         masks as the last channel. `size` (H, W) cuts off what the last row and column hold too much."""
-        return cls(patches[..., :-1, :, :], patches[..., -1:, :, :].softmax(-6), size, l1)
+        self._patches, self._size = patches, size
+        # Patches become pictures after the sum, which has K times fewer of them.
+        super().__init__(_picture(_Mix.apply(patches), size), 3, l1=l1)
 
     def channels(self, first: int, last: int) -> SlotMixture:
         """The mixture of some channels alone, under the same masks."""
-        return SlotMixture(self._colours[..., first:last, :, :], self._weights, self._size, self.l1)
+        patches = torch.cat([self._patches[..., first:last, :, :], self._patches[..., -1:, :, :]], -3)
+        return SlotMixture(patches, self._size, self.l1)
 
     @property
     def masks(self) -> Tensor:
-        return _picture(self._weights, self._size).squeeze(-3)
+        return _picture(_mask(self._patches), self._size).squeeze(-3)
 
     @property
     def pictures(self) -> Tensor:
-        return _picture(self._colours, self._size)
+        return _picture(self._patches[..., :-1, :, :], self._size)
+
+
+def _mask(patches: Tensor) -> Tensor:
+    return patches[..., -1:, :, :].softmax(-6)
+
+
+class _Mix(torch.autograd.Function):
+    """Σ_k mask_k · colour_k of patches. A slot after the other, with its gradient written in place: several times less
+    traffic than products and sums over all slots, which outgrow the cache."""
+
+    @staticmethod
+    def forward(ctx, patches: Tensor) -> Tensor:
+        mask, colour = _mask(patches).unbind(-6), patches[..., :-1, :, :].unbind(-6)
+        mixed = mask[0] * colour[0]
+        for m, c in zip(mask[1:], colour[1:], strict=True):
+            mixed.addcmul_(m, c)
+        ctx.save_for_backward(patches, mixed)
+        return mixed
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        patches, mixed = ctx.saved_tensors
+        out = torch.empty_like(patches)
+        for m, part, into in zip(_mask(patches).unbind(-6), patches.unbind(-6), out.unbind(-6), strict=True):
+            into[..., :-1, :, :] = m * grad
+            into[..., -1:, :, :] = m * ((part[..., :-1, :, :] - mixed) * grad).sum(-3, keepdim=True)
+        return out
 
 
 def _picture(patches: Tensor, size: tuple[int, int]) -> Tensor:

@@ -32,7 +32,7 @@ from phyxdream.nn.vision import ChannelNormAct, as_float_image, check_image, con
 TOKEN_EPS = 1e-4
 # Slots that start far from each other by chance, and pictures painted loudly by a decoder that knows nothing yet, teach
 # the decoder first of all not to listen to slots, from which it recovers after thousands of steps. So slots start close
-# together, queries tell them apart, and painting starts soft.
+# together, drawn or learned, queries tell them apart, and painting starts soft.
 INITIAL_STD, QUERY_GAIN, PAINT_SCALE = 0.1, 4.0, 0.05
 
 
@@ -166,6 +166,8 @@ class SlotEncoder(nn.Module):
             self.attention.to_q.weight.mul_(QUERY_GAIN)
             if initial == "gaussian":
                 self.attention.initial_log_std.fill_(math.log(INITIAL_STD))
+            else:
+                self.attention.initial_slots.mul_(INITIAL_STD)
         self.predictor = SlotTransformer(slot_size, hidden_size=hidden_size) if predictor else None
 
     @property
@@ -307,7 +309,7 @@ class SlotDecoder(nn.Module):
         x = self.first(self.from_slot(slots).unsqueeze(-2) + self.position(self.grid))  # (..., K, cells, hidden)
         parts = self.out(self.body(x))
         patches = parts.unflatten(-1, (-1, self.patch, self.patch)).unflatten(-4, self.cells)
-        return SlotMixture.of_patches(patches, self.shape[1:], self.l1)
+        return SlotMixture(patches, self.shape[1:], self.l1)
 
 
 @dataclass

@@ -92,7 +92,7 @@ BAD = [
         ("replay_context", 1.0), ("replay_context", None), ("replay_prefetch", True),
         ("slots", 0), ("slot_size", 0), ("slot_iterations", 0), ("slot_depth", 0), ("slot_layers", 0),
         ("slot_stride", 0), ("slot_decoder_size", 0), ("slot_decoder_layers", 0), ("slot_patch", 0),
-        ("slot_message_size", -1), ("slot_message_size", 6), ("l1_coeff", -0.1),
+        ("slot_message_size", -1), ("slot_message_size", 6), ("l1_coeff", -0.1), ("slot_coeff", -1),
         ("depth_mults", ()), ("depth_mults", (2, 0)), ("depth_mults", (1.5,)),
     ]),
     # Of the wrong kind, or not finite.

@@ -62,7 +62,7 @@ def generator():
 def test_losses_and_gradients(options):
     model, batch = make(free_nats=0.0, **options), make_batch()
     out = model.loss(batch, generator())
-    assert out.losses.keys() == {"dynamics", "representation", "reward", "continue", *SHAPES}
+    assert out.losses.keys() == {"dynamics", "representation", "reward", "continue", "slots", *SHAPES}
     assert all(loss.shape == (T, B) for loss in out.losses.values())
     sum(loss.mean() for loss in out.losses.values()).backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
@@ -87,10 +87,28 @@ def test_pictures_are_mixtures(options):
 def test_embedding_is_the_slots_in_their_order():
     model, batch = make(), make_batch()
     slots, vector, _, _ = model.encoder(batch, batch["is_first"])
-    embed, carry = model.embed_sequence(batch, None, None)
+    encoded = model.encode(batch, None, None)
+    embed, carry = encoded.embed, encoded.carry
     torch.testing.assert_close(embed, torch.cat([*slots.unbind(2), vector], -1))
     assert carry is None
     torch.testing.assert_close(model.embed({name: batch[name] for name in SHAPES}), embed)
+
+
+@variants
+def test_encoder_learns_from_what_its_own_slots_paint(options):
+    model, batch = make(**options), make_batch()
+    encoded = model.encode(batch, None, generator())
+    assert encoded.slots.shape == (T, B, K, D)
+    mixture = model.decoder.painter(encoded.slots)
+    error = mixture.mode - torch.cat([batch[name] for name in ("depth", "image")], -3) / 255
+    expected = (error**2 + model.config.l1_coeff * error.abs()).sum((-1, -2, -3))
+    found = model.loss(batch, generator()).losses["slots"]
+    torch.testing.assert_close(found, expected)
+    found.mean().backward()
+    learning = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert learning == {"encoder", "decoder"}
+    assert make(slot_coeff=3.0, reconstruction_coeff=2.0).loss_coeff("slots") == 3.0
+    assert "slots" not in make(slot_coeff=0.0, **options).loss(batch, generator()).losses
 
 
 def test_kl_is_that_of_all_slots():
@@ -237,4 +255,12 @@ def test_pictures_that_cannot_be_handled():
 def test_preset():
     config = preset("phyxdream").resolve()
     assert (config.slot_mode, config.env_id) == ("embed", "gym:phyxdream/Sprites-v0")
+    hands = {
+        "phyxdream-hand": "envpool:HandManipulateBlockRotateZDense-v1",
+        "phyxdream-hand-touch": "robotics:HandManipulateBlockRotateZ_BooleanTouchSensorsDense-v1",
+        "phyxdream-leap": "envpool:LeapCubeReorient-v1",
+    }
+    for name, env in hands.items():
+        config = preset(name).resolve()
+        assert (config.slot_mode, config.env_id) == ("embed", env) and config.pixels and config.image_size == 64
     assert DreamerConfig().slot_mode is None

@@ -45,6 +45,13 @@ def test_positions_are_those_of_the_cells():
     torch.testing.assert_close(position(), position.project(torch.tensor(grid)))
 
 
+@pytest.mark.parametrize("initial", ["gaussian", "learned"])
+def test_slots_start_close_together_and_apart(initial):
+    model = encoder(initial=initial, slots=64, slot_size=64).attention
+    spread = model.initial_state(1, None if initial == "learned" else model.draw_noise(1))[0].std(0)
+    assert spread.min() > 0.05 and spread.max() < 0.2
+
+
 OPTIONS = [{}, dict(initial="learned"), dict(recurrent=True), dict(recurrent=True, predictor=True, initial="learned")]
 
 
@@ -152,12 +159,22 @@ def test_the_order_of_slots_is_that_of_masks_and_changes_no_picture():
 def test_patches_lie_where_they_belong():
     """A patch is a part of the picture, rows first: each pixel is where a loop puts it."""
     patches = torch.randn(2, K, 3, 2, 4, 5, 5)  # 3x2 patches of 5x5 pixels: colours and logits
-    mixture = nn.SlotMixture.of_patches(patches, (13, 10))
+    mixture = nn.SlotMixture(patches, (13, 10))
     assert mixture.mode.shape == (2, 3, 13, 10)
     for row, column in ((0, 0), (5, 2), (12, 9), (9, 6), (2, 8)):
         pixel = patches[:, :, row // 5, column // 5, :, row % 5, column % 5]  # (2, K, C + 1)
         torch.testing.assert_close(mixture.masks[:, :, row, column], pixel[..., 3].softmax(1))
         torch.testing.assert_close(mixture.pictures[:, :, :, row, column], pixel[..., :3])
+
+
+def test_gradients_of_the_mixture():
+    patches = torch.randn(2, K, 2, 1, 4, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: nn.SlotMixture(x, (3, 2)).mode, patches)
+    mixture = nn.SlotMixture(patches, (3, 2))
+    mixed = (mixture.masks.unsqueeze(2) * mixture.pictures).sum(1)
+    weight = torch.randn_like(mixed)
+    expected = torch.autograd.grad((mixed * weight).sum(), patches)
+    torch.testing.assert_close(torch.autograd.grad((mixture.mode * weight).sum(), patches), expected)
 
 
 def test_channels_share_the_masks():
