@@ -342,6 +342,7 @@ def test_never_torn_while_others_add(coded, prefetch, threads):
 
 
 WAIT = """
+import signal
 import sys
 from phyxdream.replay import Limiter, Replay
 
@@ -349,6 +350,7 @@ replay = Replay({"is_first": ((), "bool")}, 10, 1, limiter=Limiter(1.0, min_size
 if sys.argv[1] == "add":
     replay.add({"is_first": [True]})
     replay.add({"is_first": [True]})
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs tests in the background has it ignored
 print("waiting", flush=True)
 try:
     if sys.argv[1] == "add":
