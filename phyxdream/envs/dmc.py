@@ -13,7 +13,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from phyxdream.envs import opengl
-from phyxdream.envs.gym import GymVector
+from phyxdream.envs.gym import GymVector, check_pictures
 from phyxdream.envs.segmentation import Objects
 from phyxdream.envs.spaces import SEGMENTATION
 from phyxdream.errors import EnvError, MissingDependency, suggest
@@ -160,12 +160,9 @@ def make(
     tasks = {f"{domain}_{task}": (domain, task) for domain, task in import_suite().ALL_TASKS}
     if id not in tasks:
         raise EnvError(f"dm_control's suite has no task {id!r}{suggest(id, tasks)}")
-    if camera is not None and not pixels:
-        raise EnvError(f"camera is {camera!r}, but only pictures (pixels=True) have a camera")
     options = dict(options)
     vectorization, segmentation = options.pop("vectorization", "sync"), options.pop("segmentation", False)
-    if segmentation and not pixels:
-        raise EnvError(f"segmentation is {segmentation!r}, but only pictures (pixels=True) have a mask")
+    check_pictures(pixels, camera, segmentation)
     domain, task = tasks[id]
     if camera is None:
         camera = QUADRUPED_CAMERA if domain == "quadruped" else CAMERA

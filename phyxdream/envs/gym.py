@@ -203,6 +203,13 @@ def rendering(entry_point: str, image_size: Size | None, camera: int | str | Non
     return options
 
 
+def check_pictures(pixels: bool | None, camera: int | str | None, segmentation: bool) -> None:
+    """Raise EnvError for what only pictures have, where none are asked for."""
+    for name, value, what in (("camera", camera, "camera"), ("segmentation", segmentation or None, "mask")):
+        if value is not None and not pixels:
+            raise EnvError(f"{name} is {value!r}, but only pictures (pixels=True) have a {what}")
+
+
 def observe_picture(
     camera: int | str | None, keep_state: bool, segmentation: bool, env: gymnasium.Env
 ) -> gymnasium.Env:

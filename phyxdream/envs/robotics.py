@@ -62,13 +62,10 @@ def make(
     options = dict(options)
     vectorization = options.pop("vectorization", "sync")
     finish, segmentation = None, options.pop("segmentation", False)
-    if segmentation and not pixels:
-        raise EnvError(f"segmentation is {segmentation!r}, but only pictures (pixels=True) have a mask")
+    gym.check_pictures(pixels, camera, segmentation)
     if pixels:
         options = gym.rendering("gymnasium_robotics", image_size, camera, options)
         finish = functools.partial(gym.observe_picture, camera, True, segmentation)
-    elif camera is not None:
-        raise EnvError(f"camera is {camera!r}, but only pictures (pixels=True) have a camera")
     one = functools.partial(gymnasium.make, id, disable_env_checker=True, **options)
     try:
         with gym.sentences(f"robotics:{id}"):

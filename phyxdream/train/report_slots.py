@@ -27,6 +27,7 @@ from PIL import Image, ImageDraw
 from phyxdream.agents import DreamerAgent
 from phyxdream.envs.spaces import SEGMENTATION
 from phyxdream.errors import EnvError, MissingDependency
+from phyxdream.nn.vision import as_float_image
 from phyxdream.train import slot_metrics
 from phyxdream.train.driver import Driver, make_env
 from phyxdream.train.report import (
@@ -108,7 +109,8 @@ def slot_panels(agent: DreamerAgent, seed: int = SEED) -> list[Panel]:
         batch, truth = play(agent, seed)
     except (EnvError, MissingDependency) as error:
         return [Panel("Slots", f"There are no episodes to show slots in: {error}")]
-    picture = _rgb(_unit(batch[next(name for name, shape in agent.shapes.items() if len(shape) == 3)]))
+    first = next(name for name, shape in agent.shapes.items() if len(shape) == 3)
+    picture = _rgb(as_float_image(batch[first]).numpy())
     inputs = {name: value.to(agent.device) for name, value in batch.items()}
     inputs["action"] = agent.encode_action(inputs["action"])
     context = min(CONTEXT, len(picture) // 2)
@@ -355,10 +357,6 @@ def _rgb(pictures: Array) -> Array:
     """Channels (..., C, H, W) to three: the first three, or the first one thrice."""
     C = pictures.shape[-3]
     return pictures[..., :3, :, :] if C >= 3 else pictures[..., [0, 0, 0], :, :]
-
-
-def _unit(picture: torch.Tensor) -> Array:
-    return picture.numpy().astype(np.float32) / 255
 
 
 def _mean(values: Array) -> Array:

@@ -32,6 +32,7 @@ from phyxdream import nn
 from phyxdream.agents.dreamer import resolve_device
 from phyxdream.envs.sprites import SpriteScenes
 from phyxdream.errors import ConfigError, PhyxdreamError
+from phyxdream.nn.vision import as_float_image
 from phyxdream.train import metrics, slot_metrics
 from phyxdream.train.loop import catch_signals
 from phyxdream.train.memory import keep_freed_memory
@@ -154,7 +155,7 @@ class SlotTrainer:
 
     def batch(self, index: int) -> Tensor:
         """Training pictures (B, 3, S, S) in [0, 1]."""
-        return _unit(self.scenes.batch(index)["image"], self.device)
+        return _on(self.device, self.scenes.batch(index)["image"])
 
     def step(self, image: Tensor) -> Tensor:
         """One gradient step; returns the loss before it, summed over a picture's pixels, as a 0-d tensor."""
@@ -177,7 +178,7 @@ class SlotTrainer:
         generator = torch.Generator(self.device).manual_seed(_HELD_OUT_SEED)
         parts, loss, images = [], 0.0, self.held_out["image"][first : count and first + count]
         for at in range(0, len(images), _CHUNK):
-            image = _unit(images[at : at + _CHUNK], self.device)
+            image = _on(self.device, images[at : at + _CHUNK])
             mixture = self.model(image, generator=generator).mixture
             loss += float(mixture.loss(image).sum())
             parts.append((mixture.pictures.cpu(), mixture.masks.cpu()))
@@ -276,5 +277,5 @@ def curve_figure(runs: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     return figure
 
 
-def _unit(image: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(image).to(device).float() / 255
+def _on(device: torch.device, image: np.ndarray) -> Tensor:
+    return as_float_image(torch.from_numpy(image).to(device))
