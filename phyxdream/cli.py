@@ -52,6 +52,9 @@ class Eval:
     seed: int = 2_000_000
     explore: bool = False
     """Sample actions instead of taking the most likely one."""
+    open_loop: bool = False
+    """Also how far the model sees: its errors over new episodes of random actions, of which it is shown the first
+    steps. The same episodes for every run of an environment, so that runs can be compared."""
 
 
 @dataclass
@@ -161,6 +164,7 @@ def _eval(argv: list[str]) -> int:
     options = tyro.cli(Eval, args=argv, prog="phyxdream eval")
     from phyxdream.train.evaluate import evaluate
     from phyxdream.train.loop import load_agent
+    from phyxdream.train.open_loop import open_loop_error, open_loop_table, write_open_loop
     from phyxdream.train.run import Run
 
     if options.episodes < 1:
@@ -172,6 +176,10 @@ def _eval(argv: list[str]) -> int:
                         "seed": options.seed})  # fmt: skip
     print(f"evaluation return: {result.mean:.3f} ± {result.std:.3f} over {len(result.returns)} episodes "
           f"(step {found.step}, seed {options.seed})")  # fmt: skip
+    if options.open_loop:
+        errors = open_loop_error(agent)
+        write_open_loop(run, found.step, errors)
+        Console(highlight=False).print(open_loop_table(errors))
     return 0
 
 

@@ -38,10 +38,11 @@ def test_train_on_slots(tmp_path, capsys):
     slots = ["--slots", "2", "--slot-size", "8", "--slot-depth", "4", "--slot-layers", "1", "--slot-decoder-size", "8"]
     options = [*TINY, "--env", "envpool:Catch-v0", *slots, "--logdir", logdir]
     assert main(["train", "phyxdream", *options]) == 0
-    assert main(["eval", logdir, "--episodes", "2"]) == 0
+    assert main(["eval", logdir, "--episodes", "2", "--open-loop"]) == 0
     assert main(["report", logdir]) == 0
-    assert (tmp_path / "run" / "open_loop.gif").exists()
-    assert "over 2 episodes" in capsys.readouterr().out
+    assert (tmp_path / "run" / "open_loop.gif").exists() and (tmp_path / "run" / "open_loop.json").exists()
+    output = capsys.readouterr().out
+    assert "over 2 episodes" in output and "frozen" in output
 
 
 def test_slots(tmp_path, capsys):

@@ -119,7 +119,7 @@ class SlotWorldModel(WorldModel):
         if not self.config.slot_coeff:
             return {}
         painted = self.decoder.paint(encoded.slots)
-        return {"slots": sum(picture.loss(self._target(batch[name])) for name, picture in painted.items())}
+        return {"slots": sum(picture.loss(self.target(batch[name])) for name, picture in painted.items())}
 
     def loss_coeff(self, name: str) -> float:
         return self.config.slot_coeff if name == "slots" else super().loss_coeff(name)

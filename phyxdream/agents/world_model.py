@@ -184,7 +184,7 @@ class WorldModel(nn.Module):
             "representation": representation,
             "reward": self.reward(feature).loss(batch["reward"]),
             "continue": self.cont(feature).loss(target),
-            **{name: decoded[name].loss(self._target(batch[name])) for name in self.names},
+            **{name: decoded[name].loss(self.target(batch[name])) for name in self.names},
             **self.encoder_losses(encoded, batch),
         }
         with torch.no_grad():
@@ -192,7 +192,7 @@ class WorldModel(nn.Module):
         return WorldModelOutput(losses, post, metrics)
 
     @staticmethod
-    def _target(observation: Tensor) -> Tensor:
+    def target(observation: Tensor) -> Tensor:
         """What the decoder is compared with: pictures (T, B, C, H, W) in [0, 1], vectors (T, B, N) as they are."""
         return as_float_image(observation) if observation.ndim == 5 else observation.float()
 

@@ -25,11 +25,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from phyxdream.agents import DreamerAgent
-from phyxdream.envs.spaces import SEGMENTATION
 from phyxdream.errors import EnvError, MissingDependency
 from phyxdream.nn.vision import as_float_image
 from phyxdream.train import slot_metrics
-from phyxdream.train.driver import Driver, make_env
+from phyxdream.train.open_loop import CONTEXT, SEED, play
 from phyxdream.train.report import (
     IMAGINED,
     INK,
@@ -46,7 +45,7 @@ from phyxdream.train.report import (
 
 Array = NDArray[Any]
 
-CONTEXT, LENGTH, SEQUENCES, SEED = 5, 40, 4, 20_000
+LENGTH, SEQUENCES = 40, 4
 # Of slots and objects, in their order: matplotlib's "tab20", the strong ones first.
 _COLOURS = [
     tuple(round(255 * c) for c in matplotlib.colormaps["tab20"](i)[:3]) for i in (*range(0, 20, 2), *range(1, 20, 2))
@@ -106,7 +105,7 @@ def slot_panels(agent: DreamerAgent, seed: int = SEED) -> list[Panel]:
     if not hasattr(model, "explain_slots"):
         return []
     try:
-        batch, truth = play(agent, seed)
+        batch, truth = play(agent, SEQUENCES, LENGTH, seed, segmentation=True)
     except (EnvError, MissingDependency) as error:
         return [Panel("Slots", f"There are no episodes to show slots in: {error}")]
     first = next(name for name, shape in agent.shapes.items() if len(shape) == 3)
@@ -159,33 +158,6 @@ def panels(
                          "Mean squared error of the pictures, and how well slots keep to the true objects."
                          if truth is not None else "Mean squared error of the pictures."))  # fmt: skip
     return out
-
-
-@torch.no_grad()
-def play(
-    agent: DreamerAgent, seed: int = SEED, sequences: int = SEQUENCES, length: int = LENGTH
-) -> tuple[dict[str, torch.Tensor], Array | None]:
-    """The first steps of new episodes: a batch (T, B, ...) of observations, action and is_first, as a replay would
-    return it, and the true masks (T, B, H, W) where the environment knows them. No episode ends before the last step.
-    """
-    try:
-        env = make_env(agent.config, num_envs=sequences, seed=seed, segmentation=True)
-    except (EnvError, MissingDependency):
-        env = make_env(agent.config, num_envs=sequences, seed=seed)
-    try:
-        driver, carry, generator = Driver(env), None, torch.Generator(agent.device).manual_seed(seed)
-        rows, masks = [], []
-        while True:
-            rows.append({name: driver.row[name] for name in (*agent.shapes, "action", "is_first")})
-            masks.append(driver.info.get(SEGMENTATION))
-            if len(rows) == length or driver.row["is_last"].any():
-                break
-            action, carry = agent.act(driver.row, driver.row["is_first"], carry, False, generator)
-            driver.step(action)
-    finally:
-        env.close()
-    batch = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
-    return batch, None if masks[0] is None else np.stack(masks)
 
 
 # Pictures

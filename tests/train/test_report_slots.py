@@ -11,7 +11,7 @@ from phyxdream.agents import DreamerAgent
 from phyxdream.envs.sprites import SpriteScenes
 from phyxdream.train import report_slots
 from phyxdream.train.report import IMAGINED, SEEN, write_report
-from phyxdream.train.report_slots import SlotView, panels, play, sharpness, sharpness_sheet, slot_panels
+from phyxdream.train.report_slots import SlotView, panels, sharpness, sharpness_sheet, slot_panels
 from phyxdream.train.run import Run
 
 
@@ -165,21 +165,6 @@ def agent(tiny):
     return DreamerAgent(tiny)
 
 
-def test_episodes_with_their_masks(agent):
-    batch, truth = play(agent, sequences=3, length=9)
-    assert {name: tuple(value.shape) for name, value in batch.items()} == {
-        "image": (9, 3, 3, 16, 16), "action": (9, 3), "is_first": (9, 3),
-    }  # fmt: skip
-    assert truth.shape == (9, 3, 16, 16) and set(np.unique(truth)) <= {0, 1, 2, 3}
-    assert batch["is_first"][0].all() and not batch["is_first"][1:].any()
-    red = batch["image"][:, :, 0].int() - batch["image"][:, :, 1].int()
-    assert (red.numpy()[truth == 2] > 100).mean() > 0.8
-    again, _ = play(agent, sequences=3, length=9)
-    assert all(torch.equal(again[name], value) for name, value in batch.items())
-    # Episodes end after fifty steps; what is shown ends there.
-    assert len(play(agent, sequences=1, length=99)[1]) == 51
-
-
 def test_an_agent_with_slots_gets_panels_and_one_without_none(agent, tmp_path):
     assert slot_panels(agent) == []
     calls = []
@@ -205,12 +190,6 @@ def test_an_environment_that_cannot_be_made_is_a_sentence(agent, tmp_path):
     agent.config.env = "gym:phyxdream/Nothing-v0"
     (panel,) = slot_panels(agent)
     assert "no environment" in panel.content
-
-
-def test_an_environment_without_masks(tiny):
-    pytest.importorskip("envpool")
-    batch, truth = play(DreamerAgent(tiny), sequences=2, length=4)
-    assert truth is None and batch["is_first"].shape == (4, 2)
 
 
 def test_panels_are_pictures(scenes):
