@@ -310,13 +310,15 @@ SIZES = {
 }
 """Sizes of DreamerV3 (danijar/dreamerv3 configs.yaml)."""
 
-# Slots on moving sprites, sized for two CPU cores; `--slot-mode per_slot` for a state of each slot.
+# Slots on moving sprites, sized for two CPU cores; `--slot-mode per_slot` for a state of each slot. There is nothing to
+# learn until slots have found the disc, which takes many gradient steps on pictures that differ: short sequences from
+# many episodes.
 _PHYXDREAM: dict[str, Any] = dict(
-    env_backend="gym", env="phyxdream/Sprites-v0", total_steps=16_000, size="1m", slot_mode="embed", slots=4,
-    slot_size=32, slot_iterations=2, slot_stride=4, slot_layers=2, slot_patch=8, slot_coeff=5.0,
-    reconstruction_coeff=5.0, deter_size=128, stoch_size=16, classes=8, batch_length=16, train_ratio=32.0,
-    imagine_horizon=10, learning_rate=1e-3, warmup=100, actor_layers=2, critic_layers=2, discount=0.95,
-    entropy_coeff=3e-3, log_every=400, replay_capacity=100_000,
+    env_backend="gym", env="phyxdream/Sprites-v0", total_steps=10_000, size="1m", slot_mode="embed", slots=4,
+    slot_iterations=2, slot_stride=4, slot_layers=2, slot_patch=8, slot_coeff=5.0, reconstruction_coeff=5.0,
+    deter_size=128, stoch_size=16, classes=8, batch_length=4, train_ratio=32.0, imagine_horizon=10,
+    learning_rate=2e-3, warmup=100, actor_layers=2, critic_layers=2, discount=0.95, entropy_coeff=3e-3,
+    log_every=400, eval_episodes=50, replay_capacity=100_000,
 )  # fmt: skip
 # A hand in pictures: sized for a GPU, though a CPU runs it too.
 _HAND: dict[str, Any] = dict(
