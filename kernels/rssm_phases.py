@@ -179,7 +179,7 @@ def meet(arrivals, met, PHASE: tl.constexpr, GRID: tl.constexpr):
 
 
 @triton.jit
-def _hidden(i):
+def opaque(i):
     """The number i, of which compilers know nothing more. What follows from it, they leave where it is: else they move
     the addresses of all phases out of the loop over time, into registers that each phase needs for itself."""
     i = tl.cast(i, tl.int32)  # the interpreter gives numbers
@@ -191,7 +191,7 @@ def _hidden(i):
 @triton.jit
 def _tile(i, size: tl.constexpr, blocks: tl.constexpr, COLUMNS: tl.constexpr):
     """Features of tile i, which of them exist, how many, and their block."""
-    i = _hidden(i)
+    i = opaque(i)
     each: tl.constexpr = size // blocks
     tiles: tl.constexpr = (each + COLUMNS - 1) // COLUMNS
     start = (i % tiles) * COLUMNS
@@ -387,7 +387,7 @@ def _step(acc, x, s, weight, k, inside_k, k_stride, n, inside, n_stride):
 @triton.jit
 def _product(acc, s, x, row, width, exists, K: tl.constexpr, weight, k_stride, n, inside, n_stride):
     """Of values as they lie in rows."""
-    first_k = _hidden(0) + tl.arange(0, s.DEPTH)
+    first_k = opaque(0) + tl.arange(0, s.DEPTH)
     for k0 in range(0, K, s.DEPTH):
         k = k0 + first_k
         value = _load(x, row, width, k, exists[:, None] & (k < K)[None, :])
@@ -400,7 +400,7 @@ def _product_of_layer(
     acc, d, s, layer, mean, inverse, start, K: tl.constexpr, row, exists, weight, k_stride, n, inside, n_stride
 ):
     """Of features [start, start + K) of a layer, which leave the norm and the activation here."""
-    first_k = _hidden(0) + tl.arange(0, s.DEPTH)
+    first_k = opaque(0) + tl.arange(0, s.DEPTH)
     for k0 in range(0, K, s.DEPTH):
         k = k0 + first_k
         value = _load(d.tape, row, s.tape, k + start + layer.tape, exists[:, None] & (k < K)[None, :])
@@ -418,7 +418,7 @@ def _product_of_gradient(
     (d - mean d - n mean(d n)) / σ. Its rows start at column `first`."""
     mean, inverse = _kept_moments(d, s, layer, row, exists)
     mean_d, along = _means(d, s, layer, tiles, B, sequence, exists)
-    first_k = _hidden(0) + tl.arange(0, s.DEPTH)
+    first_k = opaque(0) + tl.arange(0, s.DEPTH)
     for k0 in range(0, K, s.DEPTH):
         k = k0 + first_k
         both = exists[:, None] & (k < K)[None, :]
@@ -456,7 +456,7 @@ def _bias(acc, bias, column, inside):
 
 @triton.jit
 def _rows_of(t, tile, B, s):
-    sequence = _hidden(tile) * s.ROWS + tl.arange(0, s.ROWS)
+    sequence = opaque(tile) * s.ROWS + tl.arange(0, s.ROWS)
     return sequence, sequence < B, tl.cast(t, tl.int64) * B + sequence
 
 
@@ -750,7 +750,7 @@ def sample(w, l, d, s, t, T, tile, B, i):
             z = tl.where(resets[:, None], _vector(d.stoch_start, column, inside)[None, :], z)
         _store(d.stoch_first, sequence, s.stoch, column, both, z)
     else:
-        i = _hidden(i)
+        i = opaque(i)
         lane = tl.arange(0, s.VARIABLES * s.CLASSES)
         variable = i * s.VARIABLES + lane // s.CLASSES
         column = variable * s.classes + lane % s.CLASSES
@@ -829,7 +829,7 @@ def draw(p, layer, d, s, t, tile, B):
     sequence, exists, row = _rows_of(t, tile, B, s)
     kept = _kept_row(s, row, sequence)
     mean, inverse = _moments(d, s, layer, kept, B, sequence, exists, True)
-    column = _hidden(0) + tl.arange(0, p.LANES)
+    column = opaque(0) + tl.arange(0, p.LANES)
     inside = column < s.A
     both = exists[:, None] & inside[None, :]
     first = _action_statistics(p, d, s, layer, 0, mean, inverse, kept, exists, column, inside)
@@ -903,7 +903,7 @@ def statistics_back(w, l, g, s, policy, t, T, tile, B, i):
         _put_statistics(g, s, acc, row, 2 * s.stoch, column, both)
         _put_statistics(g, s, of_raw, row, 2 * s.stoch, column + s.stoch, both)
     else:
-        i = _hidden(i)
+        i = opaque(i)
         lane = tl.arange(0, s.VARIABLES * s.CLASSES)
         variable = i * s.VARIABLES + lane // s.CLASSES
         column = variable * s.classes + lane % s.CLASSES
@@ -1130,7 +1130,7 @@ def _put_carry(g, s, value, row, sequence, exists, column, inside, LAST: tl.cons
 def draw_back(p, layer, w, l, g, s, t, tile, B):
     """Through the action to the policy's statistics, which are computed again."""
     sequence, exists, row = _rows_of(t, tile, B, s)
-    column = _hidden(0) + tl.arange(0, p.LANES)
+    column = opaque(0) + tl.arange(0, p.LANES)
     inside = column < s.A
     both = exists[:, None] & inside[None, :]
     tiles: tl.constexpr = (s.U + s.COLUMNS - 1) // s.COLUMNS

@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from phyxdream.kernels.rssm_phases import _hidden
+from phyxdream.kernels.rssm_phases import opaque
 
 ALL, ROWS, TOKENS, LEAVE = (tl.constexpr(i) for i in range(4))  # phases
 
@@ -120,7 +120,7 @@ class Gradients(NamedTuple):
 def _lane(SIZE: tl.constexpr):
     """0, 1, … of which compilers only know that they lie side by side: else they move addresses out of loops, into
     registers."""
-    return _hidden(0) * 64 + tl.arange(0, SIZE)
+    return opaque(0) * 64 + tl.arange(0, SIZE)
 
 
 @triton.jit
@@ -211,7 +211,7 @@ def _store_sums(s, sums, totals, program, sum, total):
 @triton.jit
 def forward_tokens(s, tape, m, b, start, end, N, kept, last, program):
     """Σ w h and Σ w over tokens [start, end) of an element; with `last`, also the attention."""
-    b = _hidden(b)
+    b = opaque(b)
     row, exists, present = _slots(s, m.mask, b)
     column = _lane(s.INPUTS)
     inside = exists[:, None] & (column < s.I)[None, :]
@@ -258,7 +258,7 @@ def _slopes(s, g, h, first, N, row, exists, present, real, last, query, offset, 
 @triton.jit
 def backward_tokens(s, tape, g, b, start, end, N, kept, last, program):
     """du and dc of an iteration over tokens [start, end)."""
-    b = _hidden(b)
+    b = opaque(b)
     row, exists, present = _slots(s, g.mask, b)
     query, offset, pooled, dot = _asked(s, tape, g, kept, row, exists)
     sum = tl.zeros((s.SLOTS, s.INPUTS), tl.float32)
@@ -275,7 +275,7 @@ def backward_tokens(s, tape, g, b, start, end, N, kept, last, program):
 @triton.jit
 def leave_tokens(s, tape, g, b, start, end, N, R, taped, program):
     """The same for the first iteration, and the gradient of the inputs, which is that of all iterations."""
-    b = _hidden(b)
+    b = opaque(b)
     row, exists, present = _slots(s, g.mask, b)
     column = _lane(s.INPUTS)
     sum = tl.zeros((s.SLOTS, s.INPUTS), tl.float32)
@@ -327,7 +327,7 @@ def _weight(weight, k, inside_k, k_stride, column, inside, column_stride):
 def _product(acc, s, x, row, width, exists, size: tl.constexpr, weight, k_stride, column, inside, column_stride):
     """acc (ROWS, columns) + x weight, of x as it lies in memory."""
     first_k = _lane(s.STEP)
-    for first in range(0, _hidden(size), s.STEP):
+    for first in range(0, opaque(size), s.STEP):
         k = first + first_k
         value = _load(x, row, width, k, exists[:, None] & (k < size)[None, :])
         tile = _weight(weight, k, k < size, k_stride, column, inside, column_stride)
@@ -389,7 +389,7 @@ def _present(mask, row, exists):
 @triton.jit
 def forward_rows(w, s, tape, m, first, end, R, iteration, iterations, taped, splits):
     """Slots [first, end) at the border before `iteration`: the end of the one before it, then queries of this one."""
-    row = _hidden(first) + tl.arange(0, s.ROWS)
+    row = opaque(first) + tl.arange(0, s.ROWS)
     exists = row < end
     column = _lane(s.FEATURES)
     both = exists[:, None] & (column < s.D)[None, :]
@@ -412,7 +412,7 @@ def forward_rows(w, s, tape, m, first, end, R, iteration, iterations, taped, spl
         normed = n * _vector(w.mlp_gain, column, s.D)[None, :] + _vector(w.mlp_shift, column, s.D)[None, :]
         after += _vector(w.mlp_out_bias, column, s.D)[None, :]
         step = _lane(s.STEP)
-        for at in range(0, _hidden(s.H), s.STEP):
+        for at in range(0, opaque(s.H), s.STEP):
             h = at + step
             hidden = _hidden_layer(w, s, normed, h, column)
             after = _times(after, s, hidden, w.mlp_out, h, h < s.H, 1, column, column < s.D, s.H)
@@ -427,7 +427,7 @@ def forward_rows(w, s, tape, m, first, end, R, iteration, iterations, taped, spl
         normed = n * _vector(w.slots_gain, column, s.D)[None, :] + _vector(w.slots_shift, column, s.D)[None, :]
         tl.store(tape.offset + kept, tl.sum(normed * _vector(w.offset, column, s.D)[None, :], 1), mask=exists)
         step = _lane(s.STEP)
-        for at in range(0, _hidden(s.I), s.STEP):
+        for at in range(0, opaque(s.I), s.STEP):
             i = at + step
             query = tl.zeros((s.ROWS, s.STEP), tl.float32)
             query = _times(query, s, normed, w.query, column, column < s.D, 1, i, i < s.I, s.D)
@@ -477,7 +477,7 @@ def _update_back(w, s, tape, g, carry, row, kept, exists, column, program):
     _store(g.mlp_normed, kept, s.D, column, both, normed)
     d = tl.zeros((s.ROWS, s.FEATURES), tl.float32)
     step = _lane(s.STEP)
-    for at in range(0, _hidden(s.H), s.STEP):
+    for at in range(0, opaque(s.H), s.STEP):
         h = at + step
         both_h = exists[:, None] & (h < s.H)[None, :]
         hidden = _hidden_layer(w, s, normed, h, column)
@@ -504,7 +504,7 @@ def _update_back(w, s, tape, g, carry, row, kept, exists, column, program):
     share = 1 / tl.load(tape.total + kept, mask=exists, other=1.0)
     dot = tl.zeros((s.ROWS,), tl.float32)
     step = _lane(s.STEP)
-    for at in range(0, _hidden(s.I), s.STEP):
+    for at in range(0, opaque(s.I), s.STEP):
         i = at + step
         both_i = exists[:, None] & (i < s.I)[None, :]
         e = tl.zeros((s.ROWS, s.STEP), tl.float32)
@@ -520,7 +520,7 @@ def _update_back(w, s, tape, g, carry, row, kept, exists, column, program):
 def backward_rows(w, s, tape, g, first, end, R, t, taped, splits, program):
     """The border after differentiated iteration t - 1: from the queries of iteration t to what the pass over the tokens
     of the one before needs. `taped` is the end, where the results are, 0 the start."""
-    row = _hidden(first) + tl.arange(0, s.ROWS)
+    row = opaque(first) + tl.arange(0, s.ROWS)
     exists = row < end
     column = _lane(s.FEATURES)
     both = exists[:, None] & (column < s.D)[None, :]
