@@ -16,7 +16,7 @@ TINY = SlotsConfig(
     steps=5, batch_size=4, log_every=2, held_out=6, size=16, slots=4, slot_size=8, hidden_size=8, depth=4, layers=2,
     token_size=8, decoder_size=8, device="cpu", quiet=True,
 )  # fmt: skip
-SCORES = ("FG-ARI", "ARI", "mask IoU", "slots used", "loss/held-out")
+SCORES = ("FG-ARI", "ARI", "mask IoU", "slots used", "sharpness", "loss/held-out")
 
 
 def test_everything_is_written_and_agrees(tmp_path):
@@ -64,6 +64,19 @@ def test_steps_lower_the_loss_of_a_fixed_batch():
     assert np.mean(losses[-5:]) < 0.5 * losses[0]
 
 
+def test_balance_lets_no_slot_take_more_than_its_share():
+    excess = []
+    for balance in (0.0, 1e4):
+        trainer = SlotTrainer(replace(TINY, steps=1000, learning_rate=1e-2, balance=balance))
+        with torch.no_grad():  # slots that differ from the start
+            trainer.model.encoder.attention.initial_log_std.fill_(1.0)
+            trainer.model.decoder.out.weight.mul_(5)
+        for _ in range(40):
+            trainer.step(trainer.batch(0))
+        excess.append(trainer.explain()[0].masks.mean((-2, -1)).max(-1).mean() - 1 / TINY.slots)
+    assert 0 < excess[1] < 0.3 * excess[0]
+
+
 def test_slots_start_alike_at_every_score():
     trainer = SlotTrainer(TINY)
     assert trainer.score() == trainer.score()
@@ -100,7 +113,14 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
 
 
 def test_bad_options_are_named(tmp_path):
-    for options in (dict(seed=-1), dict(held_out=0), dict(learning_rate=0.0), dict(sprites=(2, 1)), dict(stride=0)):
+    for options in (
+        dict(seed=-1),
+        dict(held_out=0),
+        dict(learning_rate=0.0),
+        dict(balance=-1.0),
+        dict(sprites=(2, 1)),
+        dict(stride=0),
+    ):
         with pytest.raises(ConfigError, match=next(iter(options))):
             train_slots(replace(TINY, out=str(tmp_path / "run"), **options))
     assert list(tmp_path.iterdir()) == []
