@@ -314,7 +314,7 @@ SIZES = {
 # learn until slots have found the disc, which takes many gradient steps on pictures that differ: short sequences from
 # many episodes.
 _PHYXDREAM: dict[str, Any] = dict(
-    env_backend="gym", env="phyxdream/Sprites-v0", total_steps=10_000, size="1m", slot_mode="embed", slots=4,
+    env_backend="gym", env="phyxdream/Sprites-v0", total_steps=12_000, size="1m", slot_mode="embed", slots=4,
     slot_iterations=2, slot_stride=4, slot_layers=2, slot_patch=8, slot_coeff=5.0, reconstruction_coeff=5.0,
     deter_size=128, stoch_size=16, classes=8, batch_length=4, train_ratio=32.0, imagine_horizon=10,
     learning_rate=2e-3, warmup=100, actor_layers=2, critic_layers=2, discount=0.95, entropy_coeff=3e-3,
