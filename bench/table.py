@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from phyxdream.bench import SUITES, results
+from phyxdream.bench import SUITES, load_suite, results
 from phyxdream.bench.results import ResultsError, bytes_text, machine_name, ratio_text, seconds_text, share_text
 from phyxdream.errors import suggest
 
@@ -48,9 +48,8 @@ def _newest(timings: list[dict[str, Any]]) -> dict[str, tuple[list[dict[str, Any
     for result in sorted(timings, key=lambda result: result["machine"]["started"]):
         cases = found.setdefault(machine_name(result["machine"]), {})
         for key, rows in results.cases(result["benchmarks"]).items():
-            cases.pop(key, None)  # the newest file also has its order
+            cases.pop(key, None)  # of cases that a suite no longer has, the newest file has the order
             cases[key] = (result["machine"], rows)
-    order = list(SUITES)
     by_machine = {}
     for name, cases in found.items():
         machines: list[dict[str, Any]] = []
@@ -58,9 +57,18 @@ def _newest(timings: list[dict[str, Any]]) -> dict[str, tuple[list[dict[str, Any
             if machine not in machines:
                 machines.append(machine)
         machines.sort(key=lambda machine: machine["started"], reverse=True)
-        keys = sorted(cases, key=lambda key: order.index(key[0]) if key[0] in order else len(order))
+        keys = sorted(cases, key=_place)
         by_machine[name] = (machines, [row for key in keys for row in cases[key][1]])
     return by_machine
+
+
+def _place(key: tuple[str, str, str, str]) -> tuple[int, int]:
+    """Where a case stands: suites in their order, each in the order of its own cases."""
+    suite, *case = key
+    if suite not in SUITES:
+        return len(SUITES), 0
+    own = [[c.op, c.direction, c.size] for c in load_suite(suite).cases]
+    return list(SUITES).index(suite), own.index(case) if case in own else len(own)
 
 
 def _timings(timings: list[dict[str, Any]], wanted: Callable[[dict[str, Any]], bool]) -> str:

@@ -53,8 +53,9 @@ class Eval:
     explore: bool = False
     """Sample actions instead of taking the most likely one."""
     open_loop: bool = False
-    """Also how far the model sees: its errors over new episodes of random actions, of which it is shown the first
-    steps. The same episodes for every run of an environment, so that runs can be compared."""
+    """Also how far the model sees: its errors over 32 new episodes of random actions, of which it is shown the first
+    steps, for as long as the shortest lasts. The same ones, whatever --seed and --episodes, for all runs with the same
+    environment options (picture size, action repeat, ...), so that runs can be compared."""
 
 
 @dataclass
@@ -224,8 +225,8 @@ def _slots(argv: list[str]) -> int:
     config = tyro.cli(SlotsConfig, args=argv, prog="phyxdream slots")
     result = train_slots(config)
     s = result.scores
-    print(f"held-out scenes after {result.steps:,} steps: FG-ARI {s['FG-ARI']:.3f}, mask IoU {s['mask IoU']:.3f}, "
-          f"{s['slots used']:.1f} of {config.slots} slots used")  # fmt: skip
+    scores = ", ".join(f"{name} {s[name]:.3f}" for name in ("FG-ARI", "ARI", "mask IoU"))
+    print(f"held-out scenes after {result.steps:,} steps: {scores}, {s['slots used']:.1f} of {config.slots} slots used")
     print(f"curve, pictures and weights: {result.path}")
     return 0 if result.signal is None else 128 + result.signal
 

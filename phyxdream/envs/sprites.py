@@ -286,7 +286,7 @@ class SpritesEnv(gymnasium.Env):
     The reward is the part of the way that a step brings the disc nearer, so that the return of an episode is
     1 - (distance at its end) / (distance at its start): 1 for a perfect policy, 0 for one that does nothing. Distances
     count from `TOLERANCE` off the square's centre. Episodes have 50 steps (gymnasium's `max_episode_steps`), of which
-    the longest way takes a third, and do not end at the goal: the disc must stay there.
+    the longest way takes a quarter, and do not end at the goal: the disc must stay there.
 
     Observation: a picture (S, S, 3) uint8, or a dict of it and of `segmentation`. Actions: 0 rest, 1 left, 2 right,
     3 up, 4 down; or the shares in [-1, 1] of the longest step to the right and down.

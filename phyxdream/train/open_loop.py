@@ -2,9 +2,9 @@
 
     filtered    the posterior's prediction of a step whose observation it was given
     open loop   shown `context` steps, then imagined under the actions that were taken
-    frozen      the last observation shown, unchanged: what seeing nothing comes to
+    frozen      the last observation shown, unchanged: the error of a model that predicts no change
 
-Agents are compared on the same sequences where these do not depend on the agent: actions drawn at random.
+Actions are drawn at random, so that sequences do not depend on the agent and agents can be compared on them.
 """
 
 from __future__ import annotations
@@ -133,8 +133,10 @@ def open_loop_error(
 
 def open_loop_table(errors: Mapping[str, OpenLoopError]) -> Table:
     """Errors some steps ahead, for people."""
-    context = next(iter(errors.values())).context
-    table = Table(title=f"mean squared error after {context} steps shown", title_justify="left", box=None)
+    any_of_them = next(iter(errors.values()))
+    context, steps = any_of_them.context, len(any_of_them.filtered)
+    title = f"mean squared error after {context} steps shown, of {steps}"
+    table = Table(title=title, title_justify="left", box=None)
     for name in ("", "steps ahead", "filtered", "open loop", "frozen"):
         table.add_column(name, justify="left" if not name else "right")
     for name, error in errors.items():

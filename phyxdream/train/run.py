@@ -37,7 +37,7 @@ report.html the report (self-contained, open it in any browser).
 From inside this directory:
 
     phyxdream train --resume --logdir .    continue from the last checkpoint
-    phyxdream eval .                       evaluate the trained agent
+    phyxdream eval . --open-loop           evaluate the trained agent, and how far its model sees
     phyxdream report .                     write report.html anew
 """
 

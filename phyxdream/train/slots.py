@@ -1,11 +1,12 @@
 """Slots learn objects from pictures of sprites alone: trains `nn.SlotAutoencoder` and scores it against true masks.
 
-    loss    = Σ (picture − Σ_k mask_k · colour_k)² + balance · Σ_k (share of the picture with mask_k)²
+    loss    = Σ (picture − Σ_k mask_k · colour_k)² + balance · pixels · Σ_k (share of the picture with mask_k)²
     FG-ARI  = do pixels of one object go to one slot, and those of two objects to two?    on scenes never trained on
 
 No mask is ever shown. Source: Locatello et al., "Object-Centric Learning with Slot Attention", 2020, with scenes, sizes
-and a schedule for which two CPU cores are enough. The second term is ours: on plain backgrounds some seeds give a slot
-the whole background, whose mask cuts into objects for as long as their shapes are painted roughly, and others do not.
+and a schedule for which two CPU cores are enough. The second term, which fades, is ours: on plain backgrounds, with
+some seeds and not with others, one slot takes the whole background, and its mask then cuts into objects for as long as
+their shapes are painted roughly.
 
 >>> config = SlotsConfig(steps=100, slots=3)
 >>> [round(learning_rate(config, step), 6) for step in (0, 50, 99)]
@@ -90,9 +91,10 @@ class SlotsConfig:
     """Side of the patches that the decoder paints."""
     l1: float = 0.0
     """λ of the loss: squared error + λ · absolute error."""
-    balance: float = 10.0
-    """Weight of Σ_k (share of the picture that slot k paints)²: slots share the background. With 0, one slot may take
-    it all and, with it, the edges of objects: better segments of the whole picture, worse ones of objects (FG-ARI)."""
+    balance: float = 0.01
+    """Weight, for every pixel, of Σ_k (share of the picture that slot k paints)², falling to 0 over the first half of
+    the steps: slots begin by sharing the background. With 0, one slot may take all of it and, with it, the edges of
+    objects."""
     device: str = "auto"
     """cpu, cuda, or auto: CUDA where there is one."""
     quiet: bool = False
@@ -105,8 +107,9 @@ class SlotsConfig:
                 raise ConfigError(f"{name}: expected at least {least}, got {getattr(self, name)}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ConfigError(f"learning_rate: expected a positive number, got {self.learning_rate}")
-        if not (math.isfinite(self.balance) and self.balance >= 0):
-            raise ConfigError(f"balance: expected at least 0, got {self.balance}")
+        for name, weight in dict(l1=self.l1, balance=self.balance).items():
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ConfigError(f"{name}: expected at least 0, got {weight}")
 
 
 @dataclass
@@ -123,6 +126,20 @@ def learning_rate(config: SlotsConfig, step: int) -> float:
     """Of gradient step 0 .. steps − 1: rises linearly, stays, falls linearly towards 0."""
     rise, fall = (step + 1) / WARMUP, (config.steps - step) / (DECAY * config.steps)
     return config.learning_rate * min(1.0, rise, fall)
+
+
+def balance(config: SlotsConfig, step: int) -> float:
+    """Weight of `unevenness` at gradient step 0 .. steps − 1: falls linearly to 0 at half of them."""
+    return config.balance * max(0.0, 1 - 2 * step / config.steps)
+
+
+def unevenness(masks: Tensor) -> Tensor:
+    """Pixels · Σ_k (share of the picture with mask k)², the mean over pictures, 0-d: pixels / K if all are alike.
+
+    Args:
+        masks: (B, K, H, W), which sum to 1 over slots.
+    """
+    return masks.mean((-2, -1)).square().sum(-1).mean() * masks[0, 0].numel()
 
 
 class SlotTrainer:
@@ -169,9 +186,8 @@ class SlotTrainer:
             group["lr"] = learning_rate(self.config, self.steps)
         mixture = self.model(image, generator=self.noise).mixture
         loss = mixture.loss(image).mean()
-        shares = mixture.masks.mean((-2, -1))  # (B, K)
         self.optimizer.zero_grad(set_to_none=True)
-        (loss + self.config.balance * shares.square().sum(-1).mean()).backward()
+        (loss + balance(self.config, self.steps) * unevenness(mixture.masks)).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         self.optimizer.step()
         self.steps += 1

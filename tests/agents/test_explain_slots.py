@@ -3,7 +3,8 @@ import torch
 
 from phyxdream import DreamerAgent
 from phyxdream.agents import preset
-from phyxdream.train.report_slots import SlotView, play, slot_panels
+from phyxdream.train.open_loop import play
+from phyxdream.train.report_slots import SlotView, slot_panels
 
 
 @pytest.mark.parametrize(("mode", "initial"), [("embed", "learned"), ("per_slot", "gaussian")])

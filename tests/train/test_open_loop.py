@@ -33,7 +33,6 @@ def test_episodes_with_their_masks(agent):
 
 
 def test_an_environment_without_masks(tiny):
-    pytest.importorskip("envpool")
     batch, truth = play(DreamerAgent(tiny), 2, length=4, segmentation=True)
     assert truth is None and batch["is_first"].shape == (4, 2)
 

@@ -10,7 +10,15 @@ from safetensors.torch import load_file
 
 from phyxdream.errors import ConfigError
 from phyxdream.train import metrics
-from phyxdream.train.slots import SlotsConfig, SlotTrainer, curve_figure, learning_rate, train_slots
+from phyxdream.train.slots import (
+    SlotsConfig,
+    SlotTrainer,
+    balance,
+    curve_figure,
+    learning_rate,
+    train_slots,
+    unevenness,
+)
 
 TINY = SlotsConfig(
     steps=5, batch_size=4, log_every=2, held_out=6, size=16, slots=4, slot_size=8, hidden_size=8, depth=4, layers=2,
@@ -66,8 +74,8 @@ def test_steps_lower_the_loss_of_a_fixed_batch():
 
 def test_balance_lets_no_slot_take_more_than_its_share():
     excess = []
-    for balance in (0.0, 1e4):
-        trainer = SlotTrainer(replace(TINY, steps=1000, learning_rate=1e-2, balance=balance))
+    for weight in (0.0, 40.0):
+        trainer = SlotTrainer(replace(TINY, steps=1000, learning_rate=1e-2, balance=weight))
         with torch.no_grad():  # slots that differ from the start
             trainer.model.encoder.attention.initial_log_std.fill_(1.0)
             trainer.model.decoder.out.weight.mul_(5)
@@ -89,6 +97,14 @@ def test_learning_rate_rises_stays_and_falls():
     assert (np.diff(rates[:100]) > 0).all() and (rates[99:751] == 1).all() and (np.diff(rates[750:]) < 0).all()
     assert rates[-1] == pytest.approx(1 / 250)
     assert 0 < learning_rate(replace(config, steps=1), 0) <= 1
+
+
+def test_balance_fades():
+    config = SlotsConfig(steps=10, balance=2.0)
+    assert [balance(config, step) for step in (0, 1, 4, 5, 9)] == pytest.approx([2.0, 1.6, 0.4, 0.0, 0.0])
+    even, one = torch.full((2, 4, 3, 5), 0.25), torch.zeros(2, 4, 3, 5)
+    one[:, 1] = 1
+    assert unevenness(even) == pytest.approx(15 / 4) and unevenness(one) == pytest.approx(15)
 
 
 def test_interrupt_saves(tmp_path, monkeypatch):
