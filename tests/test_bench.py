@@ -377,6 +377,17 @@ def test_table_takes_the_newest_file_of_every_case(tmp_path):
     assert "2026-01-02 to 2026-01-03" in text and "AMD EPYC, 2 cores, torch 2.13.0" in text
 
 
+def test_a_case_that_is_timed_again_keeps_its_place(tmp_path):
+    """Of cases that a suite has, its order counts; those that it no longer has come last."""
+    own = [row(op=c.op, direction=c.direction, size=c.size, label=f"case {i}")
+           for i, c in enumerate(load_suite("kl").cases[:3])]  # fmt: skip
+    gone = row(size="gone", label="gone")
+    again = file(gone, own[0], started="2026-01-03T00:00:00+00:00")
+    text = page("ops", tmp_path, file(own[2], own[0], gone, own[1]), again)
+    places = [text.index(f"| {label} |") for label in ("case 0", "case 1", "case 2", "gone")]
+    assert places == sorted(places)
+
+
 def test_every_machine_has_a_table_of_its_own(tmp_path):
     gpu = file(row(), row("triton", 1e-5), gpu=["NVIDIA H200"], device="cuda", warnings=["busy"])
     text = page("ops", tmp_path, file(row(), row("cpu", 1e-4)), gpu)
