@@ -1,12 +1,12 @@
 """Slots learn objects from pictures of sprites alone: trains `nn.SlotAutoencoder` and scores it against true masks.
 
-    loss    = Σ (picture − Σ_k mask_k · colour_k)² + balance · pixels · Σ_k (share of the picture with mask_k)²
+    loss    = Σ (picture − Σ_k mask_k · colour_k)² + balance · Σ_k (share of the picture with mask_k)²
     FG-ARI  = do pixels of one object go to one slot, and those of two objects to two?    on scenes never trained on
 
 No mask is ever shown. Source: Locatello et al., "Object-Centric Learning with Slot Attention", 2020, with scenes, sizes
-and a schedule for which two CPU cores are enough. The second term, which fades, is ours: on plain backgrounds, with
-some seeds and not with others, one slot takes the whole background, and its mask then cuts into objects for as long as
-their shapes are painted roughly.
+and a schedule for which two CPU cores are enough. The second term is ours: on plain backgrounds, with some seeds and not
+with others, one slot takes the whole background, and its mask then cuts into objects for as long as their shapes are
+painted roughly.
 
 >>> config = SlotsConfig(steps=100, slots=3)
 >>> [round(learning_rate(config, step), 6) for step in (0, 50, 99)]
@@ -91,10 +91,9 @@ class SlotsConfig:
     """Side of the patches that the decoder paints."""
     l1: float = 0.0
     """λ of the loss: squared error + λ · absolute error."""
-    balance: float = 0.01
-    """Weight, for every pixel, of Σ_k (share of the picture that slot k paints)², falling to 0 over the first half of
-    the steps: slots begin by sharing the background. With 0, one slot may take all of it and, with it, the edges of
-    objects."""
+    balance: float = 10.0
+    """Weight of Σ_k (share of the picture that slot k paints)², for pictures of 32×32 and in proportion to pixels: slots
+    share the background. With 0, one slot may take all of it and, with it, the edges of objects."""
     device: str = "auto"
     """cpu, cuda, or auto: CUDA where there is one."""
     quiet: bool = False
@@ -128,18 +127,13 @@ def learning_rate(config: SlotsConfig, step: int) -> float:
     return config.learning_rate * min(1.0, rise, fall)
 
 
-def balance(config: SlotsConfig, step: int) -> float:
-    """Weight of `unevenness` at gradient step 0 .. steps − 1: falls linearly to 0 at half of them."""
-    return config.balance * max(0.0, 1 - 2 * step / config.steps)
-
-
 def unevenness(masks: Tensor) -> Tensor:
-    """Pixels · Σ_k (share of the picture with mask k)², the mean over pictures, 0-d: pixels / K if all are alike.
+    """Σ_k (share of the picture with mask k)² · pixels / 1024, the mean over pictures, 0-d.
 
     Args:
         masks: (B, K, H, W), which sum to 1 over slots.
     """
-    return masks.mean((-2, -1)).square().sum(-1).mean() * masks[0, 0].numel()
+    return masks.mean((-2, -1)).square().sum(-1).mean() * (masks[0, 0].numel() / 1024)
 
 
 class SlotTrainer:
@@ -187,7 +181,7 @@ class SlotTrainer:
         mixture = self.model(image, generator=self.noise).mixture
         loss = mixture.loss(image).mean()
         self.optimizer.zero_grad(set_to_none=True)
-        (loss + balance(self.config, self.steps) * unevenness(mixture.masks)).backward()
+        (loss + self.config.balance * unevenness(mixture.masks)).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         self.optimizer.step()
         self.steps += 1
