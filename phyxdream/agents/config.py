@@ -148,8 +148,8 @@ class DreamerConfig:
     # -- World model loss
     reconstruction_coeff: float = 1.0
     l1_coeff: float = 0.0
-    """λ of the absolute error that is added to the squared error of pictures, for sharper texture. docs/results has what
-    it does to sharpness, and why the presets of hands take 0.3."""
+    """λ of the absolute error that is added to the squared error of pictures, for sharper texture. docs/results has
+    what it does to sharpness, and why presets of hands take 0.3."""
     reward_coeff: float = 1.0
     continue_coeff: float = 1.0
     kl_loss_coeff: float = 1.0

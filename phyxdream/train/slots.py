@@ -4,9 +4,9 @@
     FG-ARI  = do pixels of one object go to one slot, and those of two objects to two?    on scenes never trained on
 
 No mask is ever shown. Source: Locatello et al., "Object-Centric Learning with Slot Attention", 2020, with scenes, sizes
-and a schedule for which two CPU cores are enough. The second term is ours: on plain backgrounds, with some seeds and not
-with others, one slot takes the whole background, and its mask then cuts into objects for as long as their shapes are
-painted roughly.
+and a schedule for which two CPU cores are enough. The second term is ours: on plain backgrounds, with some seeds and
+not with others, one slot takes the whole background, and its mask then cuts into objects for as long as their shapes
+are painted roughly.
 
 >>> config = SlotsConfig(steps=100, slots=3)
 >>> [round(learning_rate(config, step), 6) for step in (0, 50, 99)]
@@ -92,8 +92,8 @@ class SlotsConfig:
     l1: float = 0.0
     """λ of the loss: squared error + λ · absolute error."""
     balance: float = 10.0
-    """Weight of Σ_k (share of the picture that slot k paints)², for pictures of 32×32 and in proportion to pixels: slots
-    share the background. With 0, one slot may take all of it and, with it, the edges of objects."""
+    """Weight of Σ_k (share of the picture that slot k paints)², for pictures of 32×32 and in proportion to pixels:
+    slots share the background. With 0, one slot may take all of it and, with it, the edges of objects."""
     device: str = "auto"
     """cpu, cuda, or auto: CUDA where there is one."""
     quiet: bool = False
