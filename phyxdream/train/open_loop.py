@@ -133,16 +133,16 @@ def open_loop_error(
 
 def open_loop_table(errors: Mapping[str, OpenLoopError]) -> Table:
     """Errors some steps ahead, for people."""
-    any_of_them = next(iter(errors.values()))
-    context, steps = any_of_them.context, len(any_of_them.filtered)
-    title = f"mean squared error after {context} steps shown, of {steps}"
+    any_error = next(iter(errors.values()))
+    context, length = any_error.context, len(any_error.filtered)
+    ahead = [steps for steps in AHEAD if context + steps <= length]
+    title = f"mean squared error after {context} steps shown, of {length}"
     table = Table(title=title, title_justify="left", box=None)
     for name in ("", "steps ahead", "filtered", "open loop", "frozen"):
         table.add_column(name, justify="left" if not name else "right")
     for name, error in errors.items():
-        for steps in AHEAD:
-            if context + steps <= len(error.filtered):
-                table.add_row(name if steps == AHEAD[0] else "", str(steps), *(f"{x:.3g}" for x in error.ahead(steps)))
+        for steps in ahead:
+            table.add_row(name if steps == ahead[0] else "", str(steps), *(f"{x:.3g}" for x in error.ahead(steps)))
     return table
 
 

@@ -208,14 +208,18 @@ class SlotTrainer:
         view, loss = self.explain()
         scores = slot_metrics.summary(view.masks, self.held_out["mask"][:, None])
         del scores["identity switches"]
-        sharp = np.nanmean(sharpness(view.model, self.held_out["image"][:, None] / np.float32(255)))
+        sharp = np.nanmean(sharpness(view.model, self._truth()))
         return {**scores, "sharpness": float(sharp), "loss/held-out": loss}
 
     def sheet(self) -> np.ndarray:
         """Held-out scenes to the right, below each what every slot paints: a uint8 image (height, width, 3)."""
         view, _ = self.explain(0, SHOWN)
-        picture = self.held_out["image"][:SHOWN, None].astype(np.float32) / 255
+        picture = self._truth(SHOWN)
         return slot_sheet(picture, view, len(picture), self.held_out["mask"][:SHOWN, None])
+
+    def _truth(self, count: int | None = None) -> np.ndarray:
+        """Held-out pictures in [0, 1] as frames of one sequence, (N, 1, 3, S, S)."""
+        return _on(torch.device("cpu"), self.held_out["image"][:count, None]).numpy()
 
 
 def train_slots(config: SlotsConfig) -> SlotsResult:
