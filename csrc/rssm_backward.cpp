@@ -50,6 +50,32 @@ PHYX_INLINE void backward_class(float* grad, const float* softmax, int64_t C, fl
   for (int64_t c = 0; c < C; ++c) d[c] = rest * p[c] * (d[c] - mean);
 }
 
+// The gradient of p from that of the Gumbel-softmax that p and the noise make: ratios p / time, over their sum.
+PHYX_INLINE void backward_gumbel(float* grad, const float* softmax, int64_t C, float unimix, const float* rows,
+                                 int64_t stride, int used) {
+  const Vector *share = vectors(softmax), uniform = Vector{} + 1.0f / static_cast<float>(C);
+  Vector *d = vectors(grad), total{}, along{};
+  float times[kTile * kLanes];
+  for (bool first : {true, false}) {
+    for (int64_t c0 = 0; c0 < C; c0 += kTile) {
+      const int count = static_cast<int>(std::min<int64_t>(kTile, C - c0));
+      from_rows(times, rows + c0, stride, used, count);
+      for (int i = 0; i < count * kLanes; ++i) times[i] = arrival_time(times[i]);
+      for (int c = 0; c < count; ++c) {
+        const Vector s = share[c0 + c], time = vectors(times)[c], ratio = (s + unimix * (uniform - s)) / time;
+        if (first) {
+          total += ratio;
+          along += d[c0 + c] * ratio;
+        } else {
+          d[c0 + c] = (d[c0 + c] - along / total) / (time * total);
+        }
+      }
+    }
+    const Vector tiny = Vector{} + std::numeric_limits<float>::min();  // where no class ever arrives
+    total = if_less(total, tiny, tiny, total);
+  }
+}
+
 PHYX_INLINE void backward_gaussian(const Scan& s, int64_t t, int64_t g) {
   float noise[kTile * kLanes], raw[kTile * kLanes];
   for (int64_t f0 = 0; f0 < s.Z; f0 += kTile) {
@@ -67,7 +93,7 @@ PHYX_MULTIVERSION void backward_statistics(const Scan& s, int64_t t, int64_t beg
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t low = unit * s.unit_size, high = std::min(s.Z, low + s.unit_size);
     for (int64_t g = 0; s.C > 0 && g < s.groups; ++g) {
-      for (const float* rows : {s.grad_stoch, s.grad_stat, static_cast<const float*>(s.state.stat_rows)})
+      for (const float* rows : {s.grad_stoch, s.grad_stat, static_cast<const float*>(s.state.stat_rows), s.noise})
         if (rows) prefetch_rows(rows + s.row(t, g) * s.Z + low, s.Z, s.used(g), high - low);
       prefetch_tape(s, s.state.tape + low, static_cast<int>(high - low), t, g, 1);
     }
@@ -85,8 +111,12 @@ PHYX_MULTIVERSION void backward_statistics(const Scan& s, int64_t t, int64_t beg
         backward_gaussian(s, t, g);
         finish_statistics(s, 0, s.state.statistics, t, g);
       } else {
-        for (int64_t v = low; v < high; v += s.C)
+        for (int64_t v = low; v < high; v += s.C) {
+          if (s.gumbel)
+            backward_gumbel(s.state.stat.at(g, v), s.tape_at(t, g, s.state.tape + v), s.C, s.unimix,
+                            s.noise + s.row(t, g) * s.Z + v, s.Z, s.used(g));
           backward_class(s.state.stat.at(g, v), s.tape_at(t, g, s.state.tape + v), s.C, s.unimix);
+        }
         finish_statistics(s, low, high - low, t, g);
       }
     }

@@ -1,6 +1,5 @@
 // The phases of a scan's steps. Multiversioned functions must have external linkage and be no templates; everything else
 // is inlined into them.
-#include <limits>
 
 #include "rssm_layers.h"
 
@@ -110,12 +109,6 @@ PHYX_INLINE void forward_statistics(const Head& head, const HeadWeights& weights
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Samples.
-
-// Uniform noise as an exponential time (`rssm_cells.arrival_times`); what is not positive never arrives.
-PHYX_INLINE float arrival_time(float noise) {
-  const float time = -vec_log(noise);
-  return noise > 0.0f ? std::max(time, std::numeric_limits<float>::min()) : std::numeric_limits<float>::infinity();
-}
 
 // Softmax, unimix, and the class that arrives first, argmin(time / p), of every lane. The noise is in rows (B, stride).
 PHYX_INLINE void draw_class(int32_t* winner, float* __restrict p, const float* __restrict logits, int64_t C,
@@ -368,7 +361,8 @@ PHYX_MULTIVERSION void forward_gates(const Scan& s, int64_t t, int64_t begin, in
       const int64_t pair = std::min<int64_t>(2, s.groups - g);
       prefetch_tape(s, s.gates.tape + s.gates.tiles[i].start, s.gates.tiles[i].count, t, g, pair);
       Block block;
-      for (int64_t j = 0; j < pair; ++j) fill(block[j], nullptr, 0);
+      const float* bias = s.gates.bias ? s.gates.bias + s.gates.tiles[i].start : nullptr;
+      for (int64_t j = 0; j < pair; ++j) fill(block[j], bias, s.gates.tiles[i].count);
       multiply_into(block, m, s.weights->gates_x, i, s.in[0].out, 0, g, pair);
       multiply_into(block, m, s.weights->gates_h, i, s.previous, 0, g, pair);
       for (int64_t j = 0; j < pair; ++j) enter(s, s.gates, i, block[j], t, g + j);

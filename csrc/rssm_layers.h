@@ -2,6 +2,7 @@
 // the two multiversioned functions of the scan.
 #pragma once
 #include <cstring>
+#include <limits>
 
 #include "rssm_scan.h"
 #include "vector.h"
@@ -68,6 +69,12 @@ PHYX_INLINE void slope_all(float* __restrict grad, float* __restrict out, const 
     out[i] = activate<kAct>(u[i]);
     grad[i] = values[i] * slope<kAct>(u[i]);
   }
+}
+
+// Uniform noise as an exponential time (`rssm_cells.arrival_times`); what is not positive never arrives.
+PHYX_INLINE float arrival_time(float noise) {
+  const float time = -vec_log(noise);
+  return noise > 0.0f ? std::max(time, std::numeric_limits<float>::min()) : std::numeric_limits<float>::infinity();
 }
 
 // Before the products of a tile: by their end, the part of the tape that comes next has arrived.

@@ -581,7 +581,7 @@ def gates(w, l, d, s, t, tile, B, i):
     kept = _kept_row(s, row, sequence)
     column, inside, count, _ = _tile(i, 3 * s.D, 1, s.COLUMNS)
     mean, inverse = _moments(d, s, l.stoch, kept, B, sequence, exists, i == 0)
-    acc = tl.zeros((s.ROWS, s.COLUMNS), tl.float32)
+    acc = _bias(tl.zeros((s.ROWS, s.COLUMNS), tl.float32), l.gates.bias, column, inside)
     acc = _product_of_layer(
         acc, d, s, l.stoch, mean, inverse, 0, s.U, kept, exists, w.gates, 1, column, inside, s.U + s.D
     )
@@ -916,6 +916,12 @@ def statistics_back(w, l, g, s, policy, t, T, tile, B, i):
         logits = tl.where(is_class[None, :], _load(g.given, row, Z, column, both), float("-inf"))
         p = _softmax(logits, s)
         acc = tl.reshape(acc, p.shape)
+        if g.noise is not None:  # to the gradient of what was mixed, from that of its Gumbel-softmax
+            time = tl.load(g.noise + row[:, None] * Z + column[None, :], mask=both, other=1.0)
+            time = tl.reshape(tl.where(is_class[None, :], time, float("inf")), p.shape)
+            ratio = (p * (1 - s.unimix) + s.unimix / s.classes) / time
+            total = tl.maximum(tl.sum(ratio, 2), 1.1754944e-38)[:, :, None]
+            acc = (acc - tl.sum(acc * ratio, 2)[:, :, None] / total) / (time * total)
         acc = p * (acc - tl.sum(acc * p, 2)[:, :, None]) * (1 - s.unimix)
         _put_statistics(g, s, tl.reshape(acc, logits.shape), row, Z, column, both)
 

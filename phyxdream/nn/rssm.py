@@ -322,7 +322,7 @@ class RSSM(nn.Module):
         distribution = self._distribution(statistics)
         if self.classes:
             p = self.probs(distribution["logits"])
-            stoch = rssm_cells.straight_through(p, (race / p.detach()).argmin(-1, keepdim=True))
+            stoch = rssm_cells.draw_class(p, race)
         else:
             stoch = distribution["mean"] + distribution["std"] * race
         return State(deter, stoch, **distribution)

@@ -55,7 +55,8 @@ class GRUWeights(NamedTuple):
 
 
 class LayerNormGRUWeights(NamedTuple):
-    """x = act(norm(W [z, a])); [r, c, u] = LN(G [x, h]); h' = u·tanh(r·c) + (1−u)·h, u biased by −1 (DreamerV2)."""
+    """x = act(norm(W [z, a])); [r, c, u] = LN(G [x, h] + b); h' = u·tanh(r·c) + (1−u)·h, u biased by −1 (DreamerV2,
+    which has no b; others do)."""
 
     in_stoch: Tensor  # (U, Z)
     in_action: Tensor  # (U, A)
@@ -65,10 +66,12 @@ class LayerNormGRUWeights(NamedTuple):
     gates: Tensor  # (3D, U + D)
     gates_gain: Tensor  # (3D,)
     gates_shift: Tensor  # (3D,)
+    gates_bias: Tensor | None = None  # (3D,), added before the norm
 
     def shapes(self, s: Sizes) -> dict[str, tuple[int, ...]]:
         U = _rows(self.in_stoch)
-        return dict(**_input_shapes(U, s), gates=(3 * s.D, U + s.D), gates_gain=(3 * s.D,), gates_shift=(3 * s.D,))
+        gates = dict.fromkeys(("gates_gain", "gates_shift", "gates_bias"), (3 * s.D,))
+        return dict(**_input_shapes(U, s), gates=(3 * s.D, U + s.D), **gates)
 
 
 class BlockGRUWeights(NamedTuple):
@@ -168,6 +171,7 @@ class Options(NamedTuple):
     min_std: float
     rms_eps: float
     layer_eps: float
+    gumbel: bool = False
 
 
 def _rows(x: Tensor) -> int:
@@ -228,7 +232,7 @@ def step(w: CellWeights, deter: Tensor, stoch: Tensor, embedded_action: Tensor, 
     x = norm_act(F.linear(stoch, w.in_stoch) + embedded_action, w.in_gain, w.in_shift, options)
     if isinstance(w, GRUWeights):
         return torch.gru_cell(x, deter, w.input_gates, w.hidden_gates, w.input_bias, w.hidden_bias)
-    gates = F.linear(torch.cat([x, deter], -1), w.gates)
+    gates = F.linear(torch.cat([x, deter], -1), w.gates, w.gates_bias)
     gates = F.layer_norm(gates, w.gates_gain.shape, w.gates_gain, w.gates_shift, options.layer_eps)
     return gru_update(deter, *gates.chunk(3, -1))
 
@@ -255,6 +259,16 @@ def class_probabilities(logits: Tensor, unimix: float) -> Tensor:
 def arrival_times(noise: Tensor) -> Tensor:
     """Uniform noise as exponential times: argmin(time / p) is the Gumbel-max sample, one log cheaper."""
     return noise.log().neg_().clamp_min_(torch.finfo(noise.dtype).tiny)
+
+
+def draw_class(p: Tensor, time: Tensor, gumbel: bool = False) -> Tensor:
+    """The one-hot sample (..., S, C) of the class that arrives first, argmin(time / p), with a gradient: that of p, or
+    with `gumbel` that of the Gumbel-softmax at temperature 1 that this very noise makes, softmax(log p − log time)."""
+    index = (time / p.detach()).argmin(-1, keepdim=True)
+    if gumbel:
+        ratio = p / time
+        p = ratio / ratio.sum(-1, keepdim=True)
+    return straight_through(p, index)
 
 
 def straight_through(p: Tensor, index: Tensor) -> Tensor:

@@ -47,7 +47,8 @@ def check_weights(owner: str, weights: tuple[Tensor | None, ...], shapes: dict[s
     for field, x in zip(weights._fields, weights, strict=True):
         if isinstance(x, Tensor) and x.shape == shapes[field]:
             continue
-        if x is None and field.endswith(OPTIONAL) and field not in NEEDED:
+        optional = field.endswith(OPTIONAL) and field not in NEEDED or field in weights._field_defaults
+        if x is None and optional:
             if field.endswith("gain") and getattr(weights, field.removesuffix("gain") + "shift") is not None:
                 raise ValueError(f"{owner}.{field}: expected a tensor beside the shift of a LayerNorm, got None")
             continue
@@ -134,6 +135,11 @@ def named_weights(owner: str, weights: tuple) -> dict[str, Tensor | None]:
 def check_act(name: str, act: str) -> None:
     if act not in ACTIVATIONS:
         raise ValueError(f"{name}: expected one of {sorted(ACTIVATIONS)}, got {act!r}")
+
+
+def check_flag(name: str, flag: bool) -> None:
+    if not isinstance(flag, bool):
+        raise TypeError(f"{name}: expected True or False, got {type(flag).__name__}")
 
 
 def check_numbers(numbers: dict[str, float]) -> None:

@@ -191,6 +191,7 @@ def arguments(
         "min_std": options.min_std,
         "rms_eps": options.rms_eps,
         "layer_eps": options.layer_eps,
+        "gumbel": int(options.gumbel),
         "deter": deter,
         # What only some scans have.
         "is_first": None,

@@ -65,4 +65,7 @@ class CellGradients:
                 "input_bias": lambda: self.summed(self.gate_grad),
                 "hidden_bias": lambda: self.summed(self.hidden_gate_grad),
             }
-        return found | {"gates": lambda: self.product(self.gate_grad, self.in_out, before)}
+        return found | {
+            "gates": lambda: self.product(self.gate_grad, self.in_out, before),
+            "gates_bias": lambda: self.summed(self.gate_grad),
+        }

@@ -24,6 +24,7 @@ from phyxdream.ops.rssm_contract import (
     cell_name,
     check_act,
     check_cell,
+    check_flag,
     check_head,
     check_numbers,
     check_shape,
@@ -47,6 +48,7 @@ def rssm_imagine(
     min_std: float = 0.1,
     rms_eps: float = 1e-4,
     layer_eps: float = 1e-3,
+    gumbel: bool = False,
 ) -> tuple[Tensor, ...]:
     """Prior states that follow a state under given actions, differentiable once in every tensor but `noise`.
 
@@ -67,6 +69,7 @@ def rssm_imagine(
         unimix: share in [0, 1) of the uniform distribution in categorical latents.
         min_std: what is added to the standard deviation of Gaussian latents.
         rms_eps, layer_eps: added to the mean square or variance by the two kinds of norm.
+        gumbel: as for `rssm_observe`.
 
     Returns:
         deter (H, B, D), stoch (H, B, S, C) and logits (H, B, S, C) before unimix; or deter, stoch (H, B, S), mean and
@@ -94,7 +97,7 @@ def rssm_imagine(
     """
     args = _prepare(
         action, deter, stoch, noise, cell, prior, act=act, unimix=unimix, min_std=min_std, rms_eps=rms_eps,
-        layer_eps=layer_eps,
+        layer_eps=layer_eps, gumbel=gumbel,
     )  # fmt: skip
     return _results(_open_loop(*args), noise, min_std)
 
@@ -114,6 +117,7 @@ def rssm_imagine_policy(
     min_std: float = 0.1,
     rms_eps: float = 1e-4,
     layer_eps: float = 1e-3,
+    gumbel: bool = False,
     policy_act: str | None = None,
     policy_unimix: float = 0.01,
     policy_min_std: float = 0.1,
@@ -157,7 +161,7 @@ def rssm_imagine_policy(
     """
     args = _prepare(
         action_noise, deter, stoch, noise, cell, prior, policy, dist=dist, act=act, unimix=unimix, min_std=min_std,
-        rms_eps=rms_eps, layer_eps=layer_eps, policy_act=policy_act, policy_unimix=policy_unimix,
+        rms_eps=rms_eps, layer_eps=layer_eps, gumbel=gumbel, policy_act=policy_act, policy_unimix=policy_unimix,
         policy_min_std=policy_min_std, policy_max_std=policy_max_std,
     )  # fmt: skip
     output = _closed_loop(*args)
@@ -182,7 +186,7 @@ _INPUTS = ", ".join(
     + ["str cell", "int prior_layers", "int policy_layers", "str dist", "str act", "str policy_act"]
     + [f"float {name}" for name in ("unimix", "min_std", "rms_eps", "layer_eps")]
     + [f"float {name}" for name in ("policy_unimix", "policy_min_std", "policy_max_std")]
-    + ["bool keep_tape"]
+    + ["bool gumbel", "bool keep_tape"]
 )
 # Beside the results, what the backward needs: the tape (floats, laid out by whoever wrote it) and the sampled classes.
 _OUTPUTS = ("deter_out", "stoch_out", "statistics", "action_out", "tape", "index")
@@ -196,7 +200,7 @@ _BACKWARD_SCHEMA = (
 
 def _prepare(
     action, deter, stoch, noise, cell, prior, policy=None, *, dist="", act=None, unimix=0.01, min_std=0.1, rms_eps=1e-4,
-    layer_eps=1e-3, policy_act=None, policy_unimix=0.01, policy_min_std=0.1, policy_max_std=1.0,
+    layer_eps=1e-3, gumbel=False, policy_act=None, policy_unimix=0.01, policy_min_std=0.1, policy_max_std=1.0,
 ) -> tuple:  # fmt: skip
     """The checked arguments of the schema; `action` is its noise if there is a policy."""
     closed = bool(dist) or policy is not None
@@ -240,17 +244,18 @@ def _prepare(
         policy_min_std=policy_min_std, policy_max_std=policy_max_std,
     )  # fmt: skip
     check_numbers(numbers)
+    check_flag("gumbel", gumbel)
     keep_tape = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in flat)
     counts = (layers[0], layers[1] if closed else 0)
     weights = [x for x in flat[_TENSORS:] if x is not None]
     given = "".join("01"[x is not None] for x in flat[_TENSORS:])
-    options = (name, *counts, dist, act, policy_act, *map(float, numbers.values()), keep_tape)
+    options = (name, *counts, dist, act, policy_act, *map(float, numbers.values()), gumbel, keep_tape)
     return *flat[:_TENSORS], weights, given, *options
 
 
 def _split(args) -> tuple[CellWeights, HeadWeights, HeadWeights | None, Options, PolicyOptions | None]:
     """What follows the four tensors of the schema, as it was given."""
-    weights, given, name, prior_layers, policy_layers, dist, act, policy_act, *numbers, _ = args
+    weights, given, name, prior_layers, policy_layers, dist, act, policy_act, *numbers, gumbel, _ = args
     rest = iter(weights)
     weights = [next(rest) if x == "1" else None for x in given]
     kind = CELLS[name]
@@ -261,8 +266,8 @@ def _split(args) -> tuple[CellWeights, HeadWeights, HeadWeights | None, Options,
         heads.append(HeadWeights(layers, *weights[4 * count : 4 * count + 2]))
         weights = weights[4 * count + 2 :]
         if not policy_layers:
-            return cell, heads[0], None, Options(act, *numbers[:4]), None
-    return cell, *heads, Options(act, *numbers[:4]), PolicyOptions(dist, policy_act, *numbers[4:])
+            return cell, heads[0], None, Options(act, *numbers[:4], gumbel), None
+    return cell, *heads, Options(act, *numbers[:4], gumbel), PolicyOptions(dist, policy_act, *numbers[4:])
 
 
 def _reference(*args):
@@ -293,7 +298,7 @@ def _scan(action, deter, stoch, noise, *rest):
         statistics = rssm_cells.head(prior, deter, options)
         if categorical:
             p = rssm_cells.class_probabilities(statistics.unflatten(-1, latent), options.unimix)
-            stoch = rssm_cells.straight_through(p, (race[t] / p.detach()).argmin(-1, keepdim=True)).flatten(1)
+            stoch = rssm_cells.draw_class(p, race[t], options.gumbel).flatten(1)
         else:
             mean, raw = statistics.chunk(2, -1)
             stoch = mean + rssm_cells.deviation(raw, options.min_std) * race[t]
@@ -304,7 +309,7 @@ def _scan(action, deter, stoch, noise, *rest):
 def _draw_action(statistics, noise, options):
     if options.dist == "categorical":
         p = rssm_cells.class_probabilities(statistics, options.unimix)
-        return rssm_cells.straight_through(p, (noise / p.detach()).argmin(-1, keepdim=True))
+        return rssm_cells.draw_class(p, noise)
     mean, std = rssm_cells.action_moments(statistics, options.dist, options.min_std, options.max_std)
     action = mean + std * noise
     return torch.tanh(action) if options.dist == "tanh_normal" else action

@@ -129,7 +129,7 @@ def backward(
         **_common(outputs, tensors, cell, prior, policy, options, policy_options),
         **cell_back.arguments(),
         **prior_back.arguments(),
-        "noise": None if categorical else noise,
+        "noise": None if categorical and not options.gumbel else noise,
         "grad_deter": grads[0],
         "grad_stoch": grads[1],
         "grad_statistics": grads[2],

@@ -80,7 +80,7 @@ def _forward(outputs, tensors, cell, prior, policy, options, policy_options, tap
         action=taken,
         embeds=None,
         is_first=None,
-        noise=(rssm_cells.arrival_times(noise.float()) if categorical else noise).contiguous(),
+        noise=rssm_triton.kernel_noise(model, noise),
         initial_deter=None,
         initial_stoch=None,
         stoch_first=stoch_first.to(torch.float32, copy=True),  # of Gaussian latents, the steps overwrite it
@@ -140,7 +140,7 @@ def _backward(grads, outputs, tensors, cell, prior, policy, options, policy_opti
         grads,
         tape,
         is_first=None,
-        noise=None if model.classes else noise.contiguous(),
+        noise=rssm_triton.backward_noise(model, noise),
         before=before,
         given=statistics,
         initial=None,

@@ -25,6 +25,7 @@ from phyxdream.ops.rssm_contract import (
     cell_name,
     check_act,
     check_cell,
+    check_flag,
     check_numbers,
     check_shape,
     check_tensors,
@@ -51,6 +52,7 @@ def rssm_observe(
     min_std: float = 0.1,
     rms_eps: float = 1e-4,
     layer_eps: float = 1e-3,
+    gumbel: bool = False,
 ) -> tuple[Tensor, ...]:
     """Posterior states of a sequence, differentiable once in every tensor but `is_first` and `noise`.
 
@@ -74,6 +76,8 @@ def rssm_observe(
         unimix: share in [0, 1) of the uniform distribution in categorical latents.
         min_std: what is added to the standard deviation of Gaussian latents.
         rms_eps, layer_eps: added to the mean square or variance by the two kinds of norm.
+        gumbel: whether categorical samples have the gradient of the Gumbel-softmax at temperature 1 in place of that of
+            p (Jang et al. 2017); the samples are the same.
 
     Returns:
         deter (T, B, D), stoch (T, B, S, C) and logits (T, B, S, C) before unimix; or deter, stoch (T, B, S), mean and
@@ -105,6 +109,7 @@ def rssm_observe(
     args = _prepare(
         embed, action, is_first, deter, stoch, noise, cell, posterior, initial_deter=initial_deter,
         initial_stoch=initial_stoch, act=act, unimix=unimix, min_std=min_std, rms_eps=rms_eps, layer_eps=layer_eps,
+        gumbel=gumbel,
     )  # fmt: skip
     deter, stoch, statistics = _op(*args)[:3]
     if noise.dim() == 4:
@@ -121,7 +126,8 @@ _WEIGHTS = max(len(cell._fields) for cell in CELLS.values()) + len(PosteriorWeig
 _INPUTS = ", ".join(
     [f"Tensor {name}" for name in _TENSORS]
     + [f"Tensor? w{i}" for i in range(_WEIGHTS)]
-    + ["str cell", "str act", "float unimix", "float min_std", "float rms_eps", "float layer_eps", "bool keep_tape"]
+    + ["str cell", "str act", "float unimix", "float min_std", "float rms_eps", "float layer_eps"]
+    + ["bool gumbel", "bool keep_tape"]
 )
 # Beside the results, what the backward needs: the tape (floats, laid out by whoever wrote it) and the sampled classes.
 _SCHEMA = f"({_INPUTS}) -> (Tensor deter_out, Tensor stoch_out, Tensor statistics, Tensor tape, Tensor index)"
@@ -135,7 +141,7 @@ _DIFFERENTIABLE = [i for i in range(len(_TENSORS) + _WEIGHTS) if i not in (2, 5)
 
 def _prepare(
     embed, action, is_first, deter, stoch, noise, cell, posterior, *, initial_deter=None, initial_stoch=None, act=None,
-    unimix=0.01, min_std=0.1, rms_eps=1e-4, layer_eps=1e-3,
+    unimix=0.01, min_std=0.1, rms_eps=1e-4, layer_eps=1e-3, gumbel=False,
 ) -> tuple:  # fmt: skip
     """The checked arguments of the schema."""
     tensors = dict(embed=embed, action=action, is_first=is_first, deter=deter, stoch=stoch, noise=noise)
@@ -180,14 +186,15 @@ def _prepare(
     check_act("act", act)
     numbers = dict(unimix=unimix, min_std=min_std, rms_eps=rms_eps, layer_eps=layer_eps)
     check_numbers(numbers)
+    check_flag("gumbel", gumbel)
     keep_tape = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in flat)
-    return *flat, name, act, *map(float, numbers.values()), keep_tape
+    return *flat, name, act, *map(float, numbers.values()), gumbel, keep_tape
 
 
 def split_weights(args) -> tuple[CellWeights, PosteriorWeights, Options]:
     """What follows the eight tensors of the schema, as it was given to `rssm_observe`."""
-    *weights, name, act, unimix, min_std, rms_eps, layer_eps, _ = args
-    return *_by_name(weights, name), Options(act, unimix, min_std, rms_eps, layer_eps)
+    *weights, name, act, unimix, min_std, rms_eps, layer_eps, gumbel, _ = args
+    return *_by_name(weights, name), Options(act, unimix, min_std, rms_eps, layer_eps, gumbel)
 
 
 def _by_name(weights, name):
@@ -222,8 +229,7 @@ def _scan(embed, action, is_first, deter, stoch, noise, initial_deter, initial_s
         statistics = F.linear(hidden, posterior.out_weight, posterior.out_bias)
         if categorical:
             p = rssm_cells.class_probabilities(statistics.unflatten(-1, latent), options.unimix)
-            index = (race[t] / p.detach()).argmin(-1, keepdim=True)
-            stoch = rssm_cells.straight_through(p, index).flatten(1)
+            stoch = rssm_cells.draw_class(p, race[t], options.gumbel).flatten(1)
         else:
             mean, raw = statistics.chunk(2, -1)
             stoch = mean + rssm_cells.deviation(raw, options.min_std) * race[t]

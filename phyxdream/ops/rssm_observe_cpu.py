@@ -120,7 +120,7 @@ def backward(
         **cell_back.arguments(),
         **head_back.arguments(),
         "action": None,
-        "noise": None if categorical else noise,
+        "noise": None if categorical and not options.gumbel else noise,
         "grad_deter": grads[0],
         "grad_stoch": grads[1],
         "grad_statistics": grads[2],

@@ -72,7 +72,7 @@ def forward(
             None,
             F.linear(embed.flatten(0, 1), posterior.in_weight[:, D:], posterior.in_bias),
             is_first.contiguous().view(torch.uint8),
-            (rssm_cells.arrival_times(noise.float()) if categorical else noise).contiguous(),
+            rssm_triton.kernel_noise(model, noise),
             initial_deter.contiguous(),
             initial_stoch.contiguous(),
             stoch_first.float(),  # of Gaussian latents, a copy that the steps overwrite
@@ -118,7 +118,7 @@ def _backward(grads, outputs, tensors, cell, posterior, options, wanted, wanted_
         (*grads, None),
         tape,
         is_first=is_first.contiguous().view(torch.uint8),
-        noise=None if model.classes else noise.contiguous(),
+        noise=rssm_triton.backward_noise(model, noise),
         before=before,
         given=statistics.contiguous(),
         initial=tape.new_zeros(B, D),

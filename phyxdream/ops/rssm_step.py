@@ -39,8 +39,8 @@ def rssm_step(
         stoch: (B, S, C) or (B, S).
         noise: (B, S, C) uniform in [0, 1) for categorical latents, or (B, S) standard normal for Gaussian ones.
         cell, posterior: as for `rssm_observe`.
-        **options: its keyword arguments: `initial_deter`, `initial_stoch`, `act`, `unimix`, `min_std`, `rms_eps` and
-            `layer_eps`.
+        **options: its keyword arguments: `initial_deter`, `initial_stoch`, `act`, `unimix`, `min_std`, `rms_eps`,
+            `layer_eps` and `gumbel`.
 
     Returns:
         deter (B, D), stoch (B, S, C) and logits (B, S, C) before unimix; or deter, stoch (B, S), mean and std (B, S).
@@ -89,7 +89,8 @@ def rssm_imagine_step(
         stoch: (B, S, C) or (B, S).
         noise: (B, S, C) uniform in [0, 1) for categorical latents, or (B, S) standard normal for Gaussian ones.
         cell, prior: as for `rssm_imagine`.
-        **options: its keyword arguments: `act`, `unimix`, `min_std`, `rms_eps` and `layer_eps`.
+        **options: its keyword arguments: `act`, `unimix`, `min_std`, `rms_eps`, `layer_eps` and
+            `gumbel`.
 
     Returns:
         deter (B, D), stoch (B, S, C) and logits (B, S, C) before unimix; or deter, stoch (B, S), mean and std (B, S).

@@ -184,6 +184,16 @@ def from_action(model: Model, cell: CellWeights, action: Tensor, dtype: torch.dt
     return F.linear(active, cell.mix_inputs[:, 2 * model.U :], cell.mix_bias)
 
 
+def kernel_noise(model: Model, noise: Tensor) -> Tensor:
+    """As the kernels take it: arrival times of categorical latents, or standard normal."""
+    return (rssm_cells.arrival_times(noise.float()) if model.classes else noise).contiguous()
+
+
+def backward_noise(model: Model, noise: Tensor) -> Tensor | None:
+    """Likewise for the backward, which asks for it unless the gradient is that of p."""
+    return None if model.classes and not model.options.gumbel else kernel_noise(model, noise)
+
+
 def gradients_of(model: Model, grads: tuple[Tensor | None, ...], tape: Tensor, **given: Any) -> Any:
     """The kernels' `Gradients` with room for what they write: of `grads` of deter, stoch, statistics and action."""
     rows, D, cell = model.T * model.B, model.D, model.cell

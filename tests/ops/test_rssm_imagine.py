@@ -226,7 +226,8 @@ def test_gradients_cross_steps_through_actions_and_classes(loop):
 @pytest.mark.parametrize(("H", "B"), [(4, 3), (1, 1), (2, 37)])
 def test_cpu_agrees_with_the_reference(kind, latent, loop, H, B):
     case = Case(kind, LATENTS[latent], loop, H=H, B=B, dtype=torch.float32)
-    assert_same(case.run("cpu"), case.run("reference"))
+    found = {name: x.double() for name, x in case.run("cpu").items()}
+    assert_same(found, case.to(torch.float64).run("reference"))  # in float32, it is further off than C++
 
 
 @needs_extension
@@ -261,6 +262,8 @@ def test_cpu_takes_every_norm_and_these_activations(kind, norm, act, policy_act)
     [
         ("categorical", dict(unimix=0.0, policy_unimix=0.3)),
         ("categorical", dict(unimix=0.3, policy_unimix=0.0)),
+        ("categorical", dict(gumbel=True)),
+        ("open", dict(gumbel=True, unimix=0.0)),
         ("bounded_normal", dict(policy_min_std=0.3, policy_max_std=2.5)),
         ("tanh_normal", dict(rms_eps=0.1, layer_eps=0.2)),
     ],
@@ -429,6 +432,8 @@ def check_shapes_in_the_interpreter():
     options = dict(policy_min_std=0.3, policy_max_std=2.5, min_std=0.7, policy_unimix=0.0)
     case = Case("block_gru", (5,), "bounded_normal", H=1, B=1, norm="none", dtype=torch.float32)
     assert_same(triton_run(case, "split", **options), case.run("reference", **options))
+    case = Case("gru", loop="categorical", H=2, dtype=torch.float32)
+    assert_same(triton_run(case, "tile", gumbel=True), case.run("reference", gumbel=True))
 
 
 def check_what_else_triton_takes_in_the_interpreter():

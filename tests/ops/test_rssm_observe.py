@@ -157,7 +157,7 @@ def act_slope(name, u):
     return F.elu(u), torch.where(u > 0, 1.0, u.exp())  # ELU
 
 
-def manual(case, grads, unimix=0.01, min_std=0.1, rms_eps=1e-4, layer_eps=1e-3):
+def manual(case, grads, unimix=0.01, min_std=0.1, rms_eps=1e-4, layer_eps=1e-3, gumbel=False):
     """Results and gradients without autograd: everything that recurs step by step, weights' gradients at the end."""
     x, c, p, latent = case.tensors, case.cell, case.posterior, case.latent
     T, D, categorical = len(case.is_first), x["deter"].shape[1], len(latent) == 2
@@ -201,7 +201,7 @@ def manual(case, grads, unimix=0.01, min_std=0.1, rms_eps=1e-4, layer_eps=1e-3):
                 gates = rssm_cells.block_linear(k["m"], c["gates"], c["gates_bias"])
                 gates = gates.unflatten(-1, (c["gates"].shape[0], 3, -1)).transpose(-3, -2).flatten(-3)
             else:
-                gates = F.linear(torch.cat([v, h], -1), c["gates"])
+                gates = F.linear(torch.cat([v, h], -1), c["gates"], c["gates_bias"])
                 gates, k["gates_norm"] = norm_forward(gates, c["gates_gain"], c["gates_shift"], rms_eps, layer_eps)
             r, c0, u = gates.chunk(3, -1)
             r, u = torch.sigmoid(r), torch.sigmoid(u - 1)
@@ -214,7 +214,8 @@ def manual(case, grads, unimix=0.01, min_std=0.1, rms_eps=1e-4, layer_eps=1e-3):
         if categorical:
             k["soft"] = s.unflatten(-1, latent).softmax(-1)
             share = (1 - unimix) * k["soft"] + unimix / latent[1]
-            index = (-case.noise[t].log() / share).argmin(-1)
+            k["relaxed"] = (share.log() - (-case.noise[t].log()).log()).softmax(-1)
+            index = k["relaxed"].argmax(-1)
             z = F.one_hot(index, latent[1]).to(share.dtype).flatten(1)
             results.append((h, z.unflatten(-1, latent), s.unflatten(-1, latent)))
         else:
@@ -241,7 +242,11 @@ def manual(case, grads, unimix=0.01, min_std=0.1, rms_eps=1e-4, layer_eps=1e-3):
         k = steps[t]
         dz = dz + grads[1][t].flatten(1)
         if categorical:
-            d = (1 - unimix) * dz.unflatten(-1, latent)
+            d = dz.unflatten(-1, latent)
+            if gumbel:
+                share = (1 - unimix) * k["soft"] + unimix / latent[1]
+                d = k["relaxed"] * (d - (d * k["relaxed"]).sum(-1, keepdim=True)) / share
+            d = (1 - unimix) * d
             ds = (k["soft"] * (d - (d * k["soft"]).sum(-1, keepdim=True)) + grads[2][t]).flatten(1)
         else:
             draw = (dz * case.noise[t] + grads[3][t]) * torch.sigmoid(k["raw"])
@@ -278,7 +283,7 @@ def manual(case, grads, unimix=0.01, min_std=0.1, rms_eps=1e-4, layer_eps=1e-3):
                 dv, dh = dm @ c["mix_inputs"], dh + blocked(dm, c["mix_deter"].transpose(1, 2))
             else:
                 dg = norm_backward(dg, k["gates_norm"], c["gates_gain"], c["gates_shift"], affine["gates"])
-                linear("cell.gates", dg, torch.cat([k["x"], k["h"]], -1))
+                linear("cell.gates", dg, torch.cat([k["x"], k["h"]], -1), "cell.gates_bias")
                 d = dg @ c["gates"]
                 dv, dh = d[:, :-D], dh + d[:, -D:]
         ends = {}
@@ -318,14 +323,14 @@ def manual(case, grads, unimix=0.01, min_std=0.1, rms_eps=1e-4, layer_eps=1e-3):
 
 
 @pytest.mark.parametrize(("kind", "latent"), KINDS)
-@pytest.mark.parametrize("norm", [None, "rms", "layer"])
-def test_the_backward_by_hand_equals_autograd(kind, latent, norm):
+@pytest.mark.parametrize(("norm", "gumbel"), [(None, False), ("rms", False), ("layer", False), (None, True)])
+def test_the_backward_by_hand_equals_autograd(kind, latent, norm, gumbel):
     case = Case(kind, LATENTS[latent], norm=norm)
-    expected = case.run("reference")
+    expected = case.run("reference", gumbel=gumbel)
     g = torch.Generator().manual_seed(99)
     count = len(expected) - len(case.inputs)
     grads = [torch.randn(x.shape, generator=g, dtype=x.dtype) for x in list(expected.values())[:count]]
-    assert_same(manual(case, grads), expected, 1e-12)
+    assert_same(manual(case, grads, gumbel=gumbel), expected, 1e-12)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -355,6 +360,23 @@ def test_straight_through_gradient_crosses_steps():
     (grad,) = torch.autograd.grad(deter[1].sum(), leaves["posterior.out_bias"])
     assert grad.abs().max() > 0
     torch.testing.assert_close(grad.view(3, 4).sum(-1), torch.zeros(3, dtype=grad.dtype), rtol=0, atol=1e-12)
+
+
+def test_gumbel_is_the_gradient_of_torchs_gumbel_softmax(monkeypatch):
+    """Of one step, whose noise both have: the loss sees the sample alone."""
+    case = Case(T=1, latent=(3, 4), resets=0.0)
+    leaves = {k: x.clone().requires_grad_() for k, x in case.inputs.items()}
+    with ops.use_backend("reference"):
+        _, stoch, logits = case.call(leaves, gumbel=True)
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda x: x.copy_(-case.noise[0].log()))
+    log_p = (0.99 * logits[0].softmax(-1) + 0.01 / 4).log()
+    expected = F.gumbel_softmax(log_p, hard=True)
+    assert torch.equal(stoch[0], expected)
+    weight = torch.randn(expected.shape, dtype=expected.dtype, generator=torch.Generator().manual_seed(1))
+    leaf = leaves["posterior.out_bias"]
+    (found,) = torch.autograd.grad((stoch[0] * weight).sum(), leaf, retain_graph=True)
+    (wanted,) = torch.autograd.grad((expected * weight).sum(), leaf)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -398,10 +420,20 @@ def test_cpu_takes_every_norm_and_these_activations(kind, norm, act):
 
 
 @needs_extension
-@pytest.mark.parametrize("options", [dict(unimix=0.0), dict(unimix=0.3), dict(rms_eps=0.1, layer_eps=0.2)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(unimix=0.0),
+        dict(unimix=0.3),
+        dict(rms_eps=0.1, layer_eps=0.2),
+        dict(gumbel=True),
+        dict(gumbel=True, unimix=0.0),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", ["layernorm_gru", "block_gru"])
 def test_cpu_takes_the_options(kind, options):
-    case = Case(kind, dtype=torch.float32)
+    case = Case(kind, latent=(6, 19) if "gumbel" in options else (3, 4), B=21, dtype=torch.float32)
     assert_same(case.run("cpu", **options), case.run("reference", **options))
 
 
@@ -420,6 +452,10 @@ def test_cpu_draws_the_same_classes_at_the_ends_of_the_noise():
     found = case.run("cpu")
     assert_same(found, case.run("reference"))
     assert (found["stoch"][:, :, 0, 0] == 1).all() and (found["stoch"][:, :, 1, 2] == 1).all()
+    case.noise[:, :, 0] = 0.5  # where no class arrives, a Gumbel-softmax has no shares
+    found = case.run("cpu", gumbel=True)
+    assert_same(found, case.run("reference", gumbel=True))
+    assert all(x.isfinite().all() for x in found.values())
 
 
 @needs_extension
@@ -428,7 +464,7 @@ def test_optional_biases_may_be_left_out(kind):
     case = Case(kind, dtype=torch.float32)
     for weights in (case.cell, case.posterior):
         for name in list(weights):
-            if name.endswith("_bias") and name not in NEEDED:
+            if name.endswith("_bias") and (name not in NEEDED or name in case.kind._field_defaults):
                 weights[name] = None
     assert_same(case.run("cpu"), case.run("reference"))
 
@@ -508,7 +544,7 @@ def test_what_is_not_wanted_is_not_computed():
     args, keywords = case.arguments(leaves)
     prepared = op._prepare(*args, **keywords)
     outputs = torch.ops.phyxdream.rssm_observe(*prepared)
-    wanted = [x is not None and x.requires_grad for i, x in enumerate(prepared[:-7]) if i not in (2, 5)]
+    wanted = [x is not None and x.requires_grad for i, x in enumerate(prepared[:-8]) if i not in (2, 5)]
     results = [x.detach() for x in outputs]
     grads = torch.ops.phyxdream.rssm_observe_backward(*results[:3], wanted, *results, *prepared)
     assert [x.numel() > 0 for x in grads] == wanted
@@ -583,6 +619,12 @@ def check_shapes_in_the_interpreter():
     assert_same(triton_run(case, "split"), case.run("reference"))
     case = Case("gru", (5,), norm="rms", T=2, B=17, resets=1.0, dtype=torch.float32)
     assert_same(triton_run(case, "persistent", min_std=0.7), case.run("reference", min_std=0.7))
+    case = Case("layernorm_gru", T=2, dtype=torch.float32)
+    for unimix in (0.01, 0.0):
+        options = dict(gumbel=True, unimix=unimix)
+        assert_same(triton_run(case, "split", **options), case.run("reference", **options))
+    case.cell["gates_bias"] = None
+    assert_same(triton_run(case, "tile"), case.run("reference"))
     case = Case("gru", norm="layer", V=530, T=1, dtype=torch.float32)  # sums of more tiles than one load takes
     assert_same(triton_run(case, "persistent"), case.run("reference"))
 
@@ -849,6 +891,7 @@ def changed(**changes):
         (lambda case: case.cell.update(in_action=torch.zeros(6, 3)), ValueError, r"cell.in_action: .*\(6, 2\), got"),
         (lambda case: case.cell.update(in_gain=None), ValueError, r"cell.in_gain: .*beside the shift of a LayerNorm"),
         (lambda case: case.cell.update(gates_gain=None), TypeError, r"cell.gates_gain: .*tensor, got NoneType"),
+        (lambda case: case.cell.update(gates_bias=torch.zeros(8)), ValueError, r"cell.gates_bias: .*\(24,\), got"),
         (lambda case: case.posterior.update(out_bias=torch.zeros(3)), ValueError, r"posterior.out_bias: .*\(12,\)"),
     ],
 )  # fmt: skip
@@ -867,6 +910,7 @@ def test_bad_arguments(change, error, message):
         (dict(rms_eps=-1), ValueError, r"rms_eps: .*got -1"),
         (dict(layer_eps="1"), TypeError, r"layer_eps: expected a number, got str"),
         (dict(act="swish"), ValueError, r"act: expected one of .*'swish'"),
+        (dict(gumbel=1), TypeError, r"gumbel: expected True or False, got int"),
     ],
 )
 def test_bad_options(options, error, message):
