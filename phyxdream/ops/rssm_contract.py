@@ -47,7 +47,7 @@ def check_weights(owner: str, weights: tuple[Tensor | None, ...], shapes: dict[s
     for field, x in zip(weights._fields, weights, strict=True):
         if isinstance(x, Tensor) and x.shape == shapes[field]:
             continue
-        optional = field.endswith(OPTIONAL) and field not in NEEDED or field in weights._field_defaults
+        optional = (field.endswith(OPTIONAL) and field not in NEEDED) or field in weights._field_defaults
         if x is None and optional:
             if field.endswith("gain") and getattr(weights, field.removesuffix("gain") + "shift") is not None:
                 raise ValueError(f"{owner}.{field}: expected a tensor beside the shift of a LayerNorm, got None")

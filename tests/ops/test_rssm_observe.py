@@ -695,11 +695,11 @@ MODELS = {
 }
 
 
-def assert_compiles_and_fits(assert_launches_fit, model, dtype, direction, B=16):
+def assert_compiles_and_fits(assert_launches_fit, model, dtype, direction, B=16, **options):
     kernels = pytest.importorskip("phyxdream.kernels.rssm_scan")
 
     def call():
-        args, keywords = Case(T=64, B=B, E=1024, A=6, dtype=dtype, **MODELS[model]).arguments()
+        args, keywords = Case(T=64, B=B, E=1024, A=6, dtype=dtype, **MODELS[model]).arguments(**options)
         args = (*op._prepare(*args, **keywords)[:-1], True)  # with a tape
         outputs = op._triton_forward(*args)
         if direction == "backward":
@@ -722,6 +722,21 @@ def test_triton_compiles_and_fits(assert_launches_fit, direction):
 )  # the launch for 16 sequences is persistent, that for 128 is split
 def test_triton_compiles_and_fits_at_all_sizes(assert_launches_fit, model, B, dtype, direction):
     assert_compiles_and_fits(assert_launches_fit, model, dtype, direction, B)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("model", "B"), [("512", 16), ("12M", 16), ("12M", 128)])
+def test_triton_compiles_and_fits_with_gumbel(assert_launches_fit, model, B, dtype):
+    assert_compiles_and_fits(assert_launches_fit, model, dtype, "backward", B, gumbel=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("shape", ["tile", "persistent", "split"])
+def test_triton_with_gumbel_on_a_gpu(shape):
+    case = Case("block_gru", (12, 17), D=136, U=70, V=33, A=5, E=40, B=19, T=7, dtype=torch.float32).to("cuda")
+    assert_same(triton_run(case, shape, gumbel=True), case.run("reference", gumbel=True))
 
 
 @pytest.mark.gpu
