@@ -1,6 +1,6 @@
 """Slot attention: K slots compete for N input tokens, for several iterations in one op.
 
-    x = LN(inputs)   k = W_k x   v = W_v x                                       once
+    x = LN(inputs)   k = W_k x   v = W_v x   (+ b_k, b_v, where there are any)    once
     A = softmax over slots of k·(W_q LN(s)) / √Q                                 (B, N, K), every iteration
     updates = Σ_n w v,  w = (A + eps) / Σ_n (A + eps)
     s = GRUCell(updates, s)   s = s + W_2 relu(W_1 LN(s) + b_1) + b_2
@@ -43,6 +43,8 @@ class SlotAttentionWeights(NamedTuple):
     mlp_in_bias: Tensor  # (H,)
     mlp_out: Tensor  # (D, H)
     mlp_out_bias: Tensor  # (D,)
+    to_k_bias: Tensor | None = None  # (Q,); one of queries would add the same to all slots, and the softmax sees none
+    to_v_bias: Tensor | None = None  # (Q,)
 
     def shapes(self, I: int, D: int) -> dict[str, tuple[int, ...]]:
         Q, H = (x.shape[0] if x.dim() else 0 for x in (self.to_k, self.mlp_in))
@@ -51,6 +53,7 @@ class SlotAttentionWeights(NamedTuple):
             slots_gain=(D,), slots_shift=(D,), to_q=(Q, D),
             input_gates=(3 * D, Q), hidden_gates=(3 * D, D), input_bias=(3 * D,), hidden_bias=(3 * D,),
             mlp_gain=(D,), mlp_shift=(D,), mlp_in=(H, D), mlp_in_bias=(H,), mlp_out=(D, H), mlp_out_bias=(D,),
+            to_k_bias=(Q,), to_v_bias=(Q,),
         )  # fmt: skip
 
 
@@ -128,7 +131,7 @@ def slot_attention(
 _WEIGHTS = len(SlotAttentionWeights._fields)
 _INPUTS = ", ".join(
     ["Tensor inputs", "Tensor slots", "Tensor? slot_mask"]
-    + [f"Tensor {name}" for name in SlotAttentionWeights._fields]
+    + [f"Tensor{'?' * (name in SlotAttentionWeights._field_defaults)} {name}" for name in SlotAttentionWeights._fields]
     + ["int iterations", "float eps", "float layer_eps", "bool implicit", "bool return_attention"]
 )
 # Beside the results, what the backward needs (floats, laid out by whoever wrote them).
@@ -154,11 +157,12 @@ def _prepare(
     if 0 in inputs.shape or 0 in slots.shape:
         shapes = f"{tuple(inputs.shape)} and {tuple(slots.shape)}"
         raise ValueError(f"inputs, slots: expected no empty axis, got shapes {shapes}")
-    for name, x in zip(weights._fields, weights, strict=True):
+    given = {name: x for name, x in weights._asdict().items() if x is not None or name not in weights._field_defaults}
+    for name, x in given.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"weights.{name}: expected a tensor, got {type(x).__name__}")
     shapes = weights.shapes(I, slots.shape[2])
-    for name, x in zip(weights._fields, weights, strict=True):
+    for name, x in given.items():
         if x.shape != shapes[name] or not x.numel():
             expected = f"{shapes[name]}, not empty" if 0 in shapes[name] else str(shapes[name])
             raise ValueError(f"weights.{name}: expected shape {expected}, got {tuple(x.shape)}")
@@ -192,6 +196,8 @@ def _alike(inputs, slots, weights):
     flat = (inputs, slots, *weights)
     mixed = []
     for name, x in zip(names, flat, strict=True):
+        if x is None:
+            continue
         if x.dtype not in FLOATING:
             raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
         if x.dtype is not inputs.dtype:
@@ -199,7 +205,7 @@ def _alike(inputs, slots, weights):
         if not (x.is_cpu and inputs.is_cpu) and x.device != inputs.device:
             raise ValueError(f"{name}: expected the device of inputs, {inputs.device}, got {x.device}")
     if (mixed or inputs.dtype in HALF) and torch.is_autocast_enabled(inputs.device.type):
-        return [x.float() for x in flat]
+        return [None if x is None else x.float() for x in flat]
     if mixed:
         raise TypeError(f"expected all tensors in the dtype of inputs, {inputs.dtype}, got {', '.join(mixed)}")
     return list(flat)
@@ -215,9 +221,10 @@ def _reference(*args):
     inputs, slots, slot_mask, w, options = split(args)
     dtype = inputs.dtype
     if dtype in HALF:
-        inputs, slots, w = inputs.float(), slots.float(), SlotAttentionWeights(*(x.float() for x in w))
+        w = SlotAttentionWeights(*(None if x is None else x.float() for x in w))
+        inputs, slots = inputs.float(), slots.float()
     x = F.layer_norm(inputs, w.inputs_gain.shape, w.inputs_gain, w.inputs_shift, options.layer_eps)
-    k, v = F.linear(x, w.to_k), F.linear(x, w.to_v)  # (B, N, Q)
+    k, v = F.linear(x, w.to_k, w.to_k_bias), F.linear(x, w.to_v, w.to_v_bias)  # (B, N, Q)
     for i in range(options.iterations):
         differentiated = not options.implicit or i == options.iterations - 1
         with torch.set_grad_enabled(torch.is_grad_enabled() and differentiated):
@@ -268,25 +275,27 @@ def _empty(inputs, slots, options, tape_size):
 
 def _fake_backward(grad_slots, grad_attention, tape, *args):
     inputs, slots, _, w, _ = split(args)
-    return [x.new_empty(x.shape) for x in (inputs, slots, *w)]
+    return [inputs.new_empty(0 if x is None else x.shape) for x in (inputs, slots, *w)]
 
 
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[2])
     ctx.numbers = inputs[3 + _WEIGHTS :]
-    ctx.masked = inputs[2] is not None
+    ctx.present = [x is not None for x in inputs[: 3 + _WEIGHTS]]
     if not Options(*ctx.numbers).return_attention:
         ctx.mark_non_differentiable(output[1], output[2])
     ctx.save_for_backward(output[2], *(x for x in inputs[: 3 + _WEIGHTS] if x is not None))
 
 
 def _backward(ctx, grad_slots, grad_attention, grad_tape):
-    tape, inputs, slots, *rest = ctx.saved_tensors
-    mask = rest.pop(0) if ctx.masked else None
-    found = ctx.run_backward(grad_slots, grad_attention, tape, inputs, slots, mask, *rest, *ctx.numbers)
+    tape, *rest = ctx.saved_tensors
+    held = iter(rest)
+    inputs = [next(held) if present else None for present in ctx.present]
+    found = ctx.run_backward(grad_slots, grad_attention, tape, *inputs, *ctx.numbers)
     implicit = Options(*ctx.numbers).implicit
-    return found[0], None if implicit else found[1], None, *found[2:], *[None] * len(ctx.numbers)
+    weights = [grad if present else None for grad, present in zip(found[2:], ctx.present[3:], strict=True)]
+    return found[0], None if implicit else found[1], None, *weights, *[None] * len(ctx.numbers)
 
 
 def _cpu_forward(*args):

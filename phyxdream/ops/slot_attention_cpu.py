@@ -114,11 +114,12 @@ def backward(
         )
     of_composed = (found[name] for name in ("query", "offset", "input_gates", "input_bias"))
     found |= taken_apart(*of_composed, w, made, product)
-    return [grad_inputs, grad_given, *(found[name] for name in w._fields)]
+    empty = inputs.new_empty(0)  # of what was not given
+    return [grad_inputs, grad_given, *(found.get(name, empty) for name in w._fields)]
 
 
 def _contiguous(w):
-    return type(w)(*(x.contiguous() for x in w))
+    return type(w)(*(None if x is None else x.contiguous() for x in w))
 
 
 def _stretches(inputs, slots, w, options):

@@ -49,7 +49,7 @@ def _tape(kernels, tape, inputs, slots, options):
 
 
 def _floats(w):
-    return type(w)(*(x.float() for x in w))
+    return type(w)(*(None if x is None else x.float() for x in w))
 
 
 def _weights(kernels, made, w, dtype):
@@ -136,7 +136,8 @@ def _backward(grads, tape, inputs, slots, slot_mask, w, options):
     found |= dict(zip(("slots_gain", "slots_shift", "mlp_gain", "mlp_shift"), g.affine.sum(0), strict=True))
     of_composed = (found[name].float() for name in ("query", "offset", "input_gates", "input_bias"))
     found |= taken_apart(*of_composed, floats, made, linear)
-    return [g.tokens, g.given, *(found[name].to(x.dtype) for name, x in w._asdict().items())]
+    empty = like(0)  # of what was not given
+    return [g.tokens, g.given, *(empty if x is None else found[name].to(x.dtype) for name, x in w._asdict().items())]
 
 
 def _of_matrices(g, slots, pooled, D):

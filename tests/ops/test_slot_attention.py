@@ -25,14 +25,16 @@ cpu = pytest.param("cpu", marks=needs_extension)
 class Case:
     """Arguments of one call: tensors and weights by name, so that tests can change or differentiate any of them."""
 
-    def __init__(self, B=3, N=10, K=4, I=7, D=6, Q=5, H=9, dtype=torch.float64, seed=0, **options):
+    def __init__(self, B=3, N=10, K=4, I=7, D=6, Q=5, H=9, dtype=torch.float64, seed=0, biases=False, **options):
         g = torch.Generator().manual_seed(seed)
         normal = partial(torch.randn, generator=g, dtype=dtype)
         self.tensors = dict(inputs=2 * normal(B, N, I) + 1, slots=normal(B, K, D))
         names = {name: torch.empty(0) for name in SlotAttentionWeights._fields}
+        left_out = () if biases else SlotAttentionWeights._field_defaults
         names |= dict(to_k=torch.empty(Q, 0), mlp_in=torch.empty(H, 0))
         self.weights = {}
-        for name, shape in SlotAttentionWeights(**names).shapes(I, D).items():
+        shapes = SlotAttentionWeights(**names).shapes(I, D)
+        for name, shape in ((name, shape) for name, shape in shapes.items() if name not in left_out):
             self.weights[name] = normal(shape) / (shape[1] if len(shape) == 2 else 4) ** 0.5
             if name.endswith("_gain"):
                 self.weights[name] += 1
@@ -215,7 +217,7 @@ def test_the_backward_by_hand_equals_autograd(options):
 
 def test_the_reference_is_the_algorithm():
     """Against torch's own modules, token by token and slot by slot."""
-    case = Case(B=1, N=3, K=2, I=4, D=5, Q=5, H=6, iterations=2, eps=0.1)
+    case = Case(B=1, N=3, K=2, I=4, D=5, Q=5, H=6, iterations=2, eps=0.1, biases=True)
     w, gru = case.weights, torch.nn.GRUCell(5, 5, dtype=torch.float64)
     gru.load_state_dict(
         dict(weight_ih=w["input_gates"], weight_hh=w["hidden_gates"], bias_ih=w["input_bias"], bias_hh=w["hidden_bias"])
@@ -229,9 +231,11 @@ def test_the_reference_is_the_algorithm():
     tokens, slots = [norm(x, "inputs") for x in case.tensors["inputs"][0]], list(case.tensors["slots"][0])
     for _ in range(2):
         queries = [w["to_q"] @ norm(s, "slots") / 5**0.5 for s in slots]
-        attention = torch.stack([torch.stack([(w["to_k"] @ x) @ q for q in queries]).softmax(0) for x in tokens])
+        attention = torch.stack(
+            [torch.stack([(w["to_k"] @ x + w["to_k_bias"]) @ q for q in queries]).softmax(0) for x in tokens]
+        )
         share = (attention + 0.1) / (attention + 0.1).sum(0)
-        updates = [sum(share[n, k] * (w["to_v"] @ x) for n, x in enumerate(tokens)) for k in range(2)]
+        updates = [sum(share[n, k] * (w["to_v"] @ x + w["to_v_bias"]) for n, x in enumerate(tokens)) for k in range(2)]
         slots = [gru(u[None], s[None])[0] for u, s in zip(updates, slots, strict=True)]
         slots = [
             s + w["mlp_out"] @ (w["mlp_in"] @ norm(s, "mlp") + w["mlp_in_bias"]).relu() + w["mlp_out_bias"]
@@ -392,6 +396,17 @@ def test_cpu_takes_the_options(options):
 
 
 @needs_extension
+@pytest.mark.parametrize("options", [{}, dict(slot_mask=MASK, iterations=2), dict(implicit=True)], ids=str)
+def test_cpu_takes_biases_of_keys_and_values(options):
+    case = Case(dtype=torch.float32, biases=True, **options)
+    assert_same(case.run("cpu"), case.run("reference"))
+    case.weights["to_v_bias"] = torch.zeros_like(case.weights["to_v_bias"])
+    moved = case.run("cpu")["attention"]
+    case.weights["to_k_bias"] = torch.zeros_like(case.weights["to_k_bias"])
+    assert (case.run("cpu")["attention"] - moved).abs().max() > 1e-3  # a bias of keys moves attention
+
+
+@needs_extension
 def test_cpu_holds_far_from_zero():
     """Inputs whose mean is a thousand times their deviation, and logits in the hundreds."""
     case = Case(dtype=torch.float32)
@@ -456,9 +471,10 @@ def test_the_number_of_threads_changes_no_bit():
 
 
 @needs_extension
+@pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("options", [{}, dict(slot_mask=MASK, implicit=True, return_attention=False)], ids=str)
-def test_opcheck(options):
-    case = Case(dtype=torch.float32, **options)
+def test_opcheck(options, biases):
+    case = Case(dtype=torch.float32, biases=biases, **options)
     leaves = {k: x.clone().requires_grad_() for k, x in case.inputs.items()}
     weights = SlotAttentionWeights(*(leaves[name] for name in case.weights))
     args = op._prepare(leaves["inputs"], leaves["slots"], weights, **options)
@@ -598,6 +614,8 @@ def check_sizes_in_the_interpreter():
     ):
         case = Case(dtype=torch.float32, iterations=2, **sizes)
         assert_same(triton_run(case, fused=sizes.get("K") == 16), case.run("reference"))
+    case = Case(iterations=2, dtype=torch.float32, biases=True)
+    assert_same(triton_run(case), case.run("reference"))
     case = Case(B=1, N=100, K=2, iterations=2, dtype=torch.float32)
     assert_same(triton_run(case, splits=5), case.run("reference"))  # the last of them without a token
 
