@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from phyxdream import agents, envs, nn, ops
+    from phyxdream import agents, compat, envs, nn, ops
     from phyxdream.agents import DreamerAgent, DreamerConfig
+    from phyxdream.compat import accelerate, restore
     from phyxdream.ops.backend import explain, use_backend
     from phyxdream.replay import Replay
 
@@ -19,6 +20,9 @@ _lazy = {
     "nn": ("phyxdream.nn", None),
     "envs": ("phyxdream.envs", None),
     "agents": ("phyxdream.agents", None),
+    "compat": ("phyxdream.compat", None),
+    "accelerate": ("phyxdream.compat", "accelerate"),
+    "restore": ("phyxdream.compat", "restore"),
     "Replay": ("phyxdream.replay", "Replay"),
     "DreamerAgent": ("phyxdream.agents", "DreamerAgent"),
     "DreamerConfig": ("phyxdream.agents", "DreamerConfig"),
@@ -30,11 +34,14 @@ __all__ = [
     "DreamerConfig",
     "Replay",
     "__version__",
+    "accelerate",
     "agents",
+    "compat",
     "envs",
     "explain",
     "nn",
     "ops",
+    "restore",
     "use_backend",
 ]
 

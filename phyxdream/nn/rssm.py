@@ -371,6 +371,13 @@ class RSSM(nn.Module):
         """What was expected at posterior states: the prior's statistics there, beside the posterior's sample."""
         return State(post.deter, post.stoch, **self._distribution(self.prior(post.deter)))
 
+    def sample_prior(
+        self, deter: Tensor, noise: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> State:
+        """The prior at states `deter` (T, B, D), and a sample of it."""
+        noise = self._noise(noise, *deter.shape[:2], generator)
+        return self._sample(deter, self.prior(deter), self._race(noise))
+
     def filter(
         self,
         embed: Tensor,
