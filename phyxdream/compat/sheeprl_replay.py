@@ -261,7 +261,7 @@ class _Column:
         number, rest = self._find(index)
         row = self._row(number)
         row[rest] = value
-        self._rows.write(self._env, number, self._key, torch.from_numpy(row[0]))
+        self._rows.write(self._env, number, self._key, torch.from_numpy(row)[0])
 
     def _row(self, number: int) -> np.ndarray:
         return self._rows.read(self._env, number, self._key)[None].numpy()

@@ -298,13 +298,13 @@ class TorchrlTensorDictReplay(TorchrlReplay):
     """A `TorchrlReplay` whose batches hold what `return_info` tells, in the place of the rows' own entries.
 
     So ("next", "done") is true at the end of every slice and "is_init" at its beginning, as with torchrl's
-    `TensorDictReplayBuffer`. Arguments are those of `TorchrlReplay`.
+    `TensorDictReplayBuffer`; "index" has shape (batch_size, 1) there. Arguments are those of `TorchrlReplay`.
     """
 
     def sample(self, batch_size: int | None = None, return_info: bool = False) -> Any:
         """As `TorchrlReplay.sample`; `transform` sees the added entries, too."""
         batch, info = self._draw(batch_size)
-        batch = self._finished(batch | info)
+        batch = self._finished(batch | info | {"index": info["index"][:, None]})
         return (batch, info) if return_info else batch
 
     def update_tensordict_priority(self, data: TensorDict) -> None:
