@@ -31,9 +31,9 @@ except ImportError:
 class SheeprlReplay(_Base):
     """What `EnvIndependentReplayBuffer(..., buffer_cls=SequentialReplayBuffer)` is to sheeprl's Dreamer loops.
 
-    Rows are stored as they are added: in DreamerV3 the action of a row is the one taken at its observation, in V1 and
-    V2 the one that led to it, and the row that ends an episode is one the loop adds by itself. Nothing is shifted, no
-    flag is set or repaired, so the loop samples what it would sample from its own buffer, bit for bit.
+    Rows are stored as they are added. The action of a row is the one taken at its observation in DreamerV3, the one
+    that led to it in V1 and V2; where an episode ends, the loops add a row of their own. Nothing is shifted, no flag is
+    set or repaired, so the loop samples what it would sample from its own buffer, bit for bit.
 
     Two things differ. Every stored sequence is equally likely, where sheeprl first draws an environment: the same
     unless some have fewer rows than others. And an environment with too few rows is passed over, where sheeprl fails

@@ -194,7 +194,7 @@ def test_latest_row_can_be_read_and_overwritten():
     one["truncated"][last, :] = 1
     one["terminated"][last] = np.full_like(one["terminated"][last], 7)
     one["reward"][last] = 5
-    model.envs[1][-1]["reward"][...] = 5
+    model.envs[1][-1]["reward"] = np.float32(5)
     model.envs[1][-1]["truncated"][:], model.envs[1][-1]["terminated"][:] = 1, 7
     model.check(rb.sample(30, sequence_length=5), 1, 5, 30)
     one["truncated"][last, :] = kept
