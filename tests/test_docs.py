@@ -15,7 +15,12 @@ MODULES = [
     "phyxdream",
     *(m.name for m in pkgutil.walk_packages(phyxdream.__path__, "phyxdream.") if "_C" not in m.name),
 ]
-NEEDS = {"phyxdream.kernels": "triton", "phyxdream.envs.dmc": "dm_control", "phyxdream.envs.robotics": "gymnasium"}
+NEEDS = {
+    "phyxdream.kernels": "triton",
+    "phyxdream.envs.dmc": "dm_control",
+    "phyxdream.envs.robotics": "gymnasium",
+    "phyxdream.compat.torchrl_replay": "tensordict",
+}
 
 
 @pytest.mark.parametrize("name", MODULES)
