@@ -56,8 +56,8 @@ def load_dreamerv3_torch(
 
     Args:
         source: path of its `latest.pt`, or what that holds, or its "agent_state_dict" alone; compiled or not.
-        config: task, run, losses and optimiser of the agent; the fields of the RSSM and the heads are replaced by those
-            of the checkpoint. None: the defaults with discount 0.997 and dynamics_coeff 0.5, which are theirs.
+        config: task, run, losses and optimiser of the agent; what it says of the RSSM, activation and norm is replaced
+            by what the checkpoint has. None: the defaults with discount 0.997 and dynamics_coeff 0.5, which are theirs.
         shapes: the observations its encoder reads, by name, in the order of its observation space: pictures (C, H, W)
             and vectors (N,). None: a square picture called "image", and vectors as its decoder names them.
         stoch_size: number S of latent variables, their `dyn_stoch`; the tensors show S times the classes alone.
@@ -66,9 +66,10 @@ def load_dreamerv3_torch(
         cnn_sigmoid: whether decoded pictures end in a sigmoid.
 
     Returns:
-        An agent with float32 weights on `config.device`. Pictures are (C, H, W) where theirs are (H, W, C). Nets for
-        pictures are of none of the kinds `config` knows, so a run of this agent is read back by importing `source`
-        again and `DreamerAgent.load`.
+        An agent with float32 weights on `config.device`, to act, predict and learn on with. Its pictures are (C, H, W)
+        where theirs are (H, W, C), and its `cont` is, as everywhere here, their chance to go on times the discount. Its
+        nets are not all of kinds that `config` knows, so a run of it is read back by importing `source` again and then
+        `DreamerAgent.load`.
 
     What no tensor shows is taken as there by default: `dyn_rec_depth` 1, `symlog_inputs`, a policy that is "onehot", or
     "normal" with learned deviations in [0.1, 1]; rewards and values by "symlog_disc", vectors by "symlog_mse". They
@@ -103,8 +104,8 @@ def load_r2dreamer(
 
     Args:
         source: path of its `latest.pt`, or what that holds, or its "agent_state_dict" alone.
-        config: task, run, losses and optimiser of the agent; the fields of the RSSM and the heads are replaced by those
-            of the checkpoint. None: the defaults, which are theirs.
+        config: task, run, losses and optimiser of the agent; what it says of the RSSM, activation and norm is replaced
+            by what the checkpoint has. None: the defaults, which are theirs.
         shapes: the observations its encoder reads, by name, in the order of its observation space: pictures (C, H, W)
             and vectors (N,). None: a square picture called "image"; the tensors do not show what vectors are made of.
         stoch_size: number S of latent variables, their `stoch`; the tensors show S times the classes alone.
@@ -232,6 +233,7 @@ class _Importer:
             images, vectors = self.observations(shapes, rssm.embed_size)
             encoder = ForeignEncoder(images, self.image_encoder(images), vectors, self.vector_encoder(vectors))
             decoder = self.decoder(images, vectors)
+            decoder.l1 = config.l1_coeff
             reward, critic = self.two_hot("reward"), self.two_hot("critic")
             has_slow = f"{self.heads['slow_critic'][1]}.weight" in self.w
             slow_critic = self.two_hot("slow_critic") if has_slow else copy.deepcopy(critic)
@@ -414,22 +416,21 @@ class _DreamerV3Torch(_Importer):
     def rssm(self) -> RSSM:
         w, at = self.w, "_wm.dynamics."
         self.D = w.shape(f"{at}_img_out_layers.0.weight")[1]
-        self.set_latents(f"{at}_imgs_stat_layer")
         self.U, inputs = w.shape(f"{at}_img_in_layers.0.weight")
         self.A = w.shape(f"{self.heads['actor'][1]}.weight")[0]
-        if inputs != self.Z + self.A:
-            # Gaussian latents have two statistics for each input.
-            gaussian = " (Gaussian latents are not supported)" if 2 * (inputs - self.A) == self.Z else ""
+        rows = w.shape(f"{at}_imgs_stat_layer.weight")[0]
+        if 2 * (inputs - self.A) == rows:
             raise w.error(
-                f"{at}_img_in_layers.0.weight",
-                f"expected {self.Z + self.A} columns for {self.Z} classes and {self.A} actions, got {inputs}{gaussian}",
+                f"{at}_imgs_stat_layer.weight",
+                f"its {rows} rows are means and deviations of {rows // 2} Gaussian latents, expected categorical ones",
             )
+        self.set_latents(f"{at}_imgs_stat_layer")
         embed = w.shape(f"{at}_obs_out_layers.0.weight")[1] - self.D
         rssm = RSSM(
             embed, self.A, self.D, self.stoch, self.classes, self.U, self.cell, unimix=self.unimix,
             initial="learned" if f"{at}W" in w else "zeros", act=self.act,
         )  # fmt: skip
-        both = w.take(f"{at}_img_in_layers.0.weight", self.U, inputs)
+        both = w.take(f"{at}_img_in_layers.0.weight", self.U, self.Z + self.A)
         rssm.cell.in_stoch.weight.copy_(both[:, : self.Z])
         rssm.cell.in_action.weight.copy_(both[:, self.Z :])
         w.fill(rssm.cell.norm, f"{at}_img_in_layers.1")
@@ -769,8 +770,8 @@ class DiscountedBernoulli(Bernoulli):
 class DiscountedHead(BernoulliHead):
     """`BernoulliHead` that ends in `DiscountedBernoulli`."""
 
-    def __init__(self, discount: float, *sizes):
-        super().__init__(*sizes)
+    def __init__(self, discount: float, inputs: int, units: int, layers: int, act: str, norm: str):
+        super().__init__(inputs, units, layers, act, norm)
         self.discount = discount
 
     def forward(self, feature: Tensor) -> DiscountedBernoulli:
