@@ -97,8 +97,7 @@ class DreamerAgent:
         # Building the nets must neither depend on nor disturb the caller's random numbers.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.config.seed)  # torch.manual_seed would reseed the GPUs as well
-            design = PhyXDreamer if self.config.slot_mode else DreamerV3
-            self.model = design(self.config, self.shapes, self.action_size, self.discrete).to(self.device)
+            self.model = self.make_model().to(self.device)
         self.optimizer = self.model.make_optimizer()
         self.generators = {
             name: torch.Generator(self.device).manual_seed(self.config.seed * 2 + offset)
@@ -107,6 +106,11 @@ class DreamerAgent:
         self._start_updates()
 
     # -----------------------------------------------------------------------------------------------------------------
+
+    def make_model(self) -> DreamerV3:
+        """The learned parts, which another kind of agent makes otherwise."""
+        design = PhyXDreamer if self.config.slot_mode else DreamerV3
+        return design(self.config, self.shapes, self.action_size, self.discrete)
 
     @property
     def replay_spec(self) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -184,7 +184,7 @@ class WorldModel(nn.Module):
             "representation": representation,
             "reward": self.reward(feature).loss(batch["reward"]),
             "continue": self.cont(feature).loss(target),
-            **{name: decoded[name].loss(self.target(batch[name])) for name in self.names},
+            **{name: decoded[name].loss(self.target(batch[name])) for name in self.names if name in decoded},
             **self.encoder_losses(encoded, batch),
         }
         with torch.no_grad():

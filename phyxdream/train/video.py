@@ -16,7 +16,8 @@ CONTEXT, LENGTH, SEQUENCES, CANDIDATES, SEED = 5, 50, 6, 64, 0
 
 def open_loop_video(agent: DreamerAgent, replay: Replay) -> dict | None:
     """Arguments for the report's video panel: `truth` and `model` as uint8 (T, B, H, W, C), and the `context` length
-    after which the model sees nothing but actions. None when there are no pictures, or too few steps to show.
+    after which the model sees nothing but actions. None when there are no pictures, seen or predicted, or too few steps
+    to show.
 
     Every sequence stays inside one episode: what the next one will look like cannot be told from actions.
     """
@@ -36,7 +37,9 @@ def open_loop_video(agent: DreamerAgent, replay: Replay) -> dict | None:
     generator = torch.Generator(agent.device).manual_seed(SEED)
     context = min(CONTEXT, length // 2)
     model = agent.model.world_model.open_loop(batch, context, generator)
-    name = pictures[0]
+    name = next((name for name in pictures if name in model), None)
+    if name is None:  # a world model without a decoder has nothing to show
+        return None
     return {"truth": _frames(batch[name]), "model": _frames(model[name]), "context": context}
 
 
