@@ -5,8 +5,9 @@ NM512/r2dreamer, Eclectic-Sheep/sheeprl, pytorch/rl); RLlib and lucidrains' slot
 installed (`ray`, `slot-attention`). What is not there is left out. Each codebase runs in a process of its own: their
 modules have the same names. Outputs and gradients of both sides are compared from one seed before anything is timed.
 
-The file that is written has, under "peers", for every row: codebase, revision, what, theirs and ours in seconds (medians
-of rounds that take turns), ratio, and difference, the largest relative difference by norm of outputs and gradients.
+The file that is written has, under "peers", for every row: codebase, revision, what, theirs and ours in seconds
+(medians of rounds that take turns), ratio, and difference, the largest relative difference by norm of outputs and
+gradients.
 """
 
 from __future__ import annotations
@@ -55,7 +56,10 @@ def measured(pair: Pair) -> dict[str, Any]:
         for run in (pair.theirs, pair.ours):
             torch.manual_seed(0)
             found.append(run())
-        difference = max(_difference(x, y) for x, y in zip(*map(_flat, found), strict=True))
+        theirs, ours = map(_flat, found)
+        # What is 0 but for rounding is measured by all that is not.
+        scale = 1e-3 * max(x.double().norm().item() for x in theirs)
+        difference = max(_difference(x, y, scale) for x, y in zip(theirs, ours, strict=True))
     rounds = []
     for i in range(ROUNDS):
         sides = [pair.theirs, pair.ours]
@@ -80,14 +84,14 @@ def _seconds(run):
 
 def _flat(x):
     if isinstance(x, Tensor):
-        return [x.detach()]
+        return [x]
     if isinstance(x, dict) or hasattr(x, "items"):
         return [z for y in x.values() for z in _flat(y)]
     return [z for y in x for z in _flat(y)] if isinstance(x, (list, tuple)) else []
 
 
-def _difference(x, y):
-    scale = x.double().norm().item() or 1.0
+def _difference(x, y, scale):
+    scale = max(scale, x.double().norm().item()) or 1.0
     return (x.double() - y.double()).norm().item() / scale
 
 
@@ -96,7 +100,7 @@ def trained(call: Callable[[nn.Module], tuple[Any, list[Tensor]]], module: nn.Mo
 
     def run():
         outputs, inputs = call(module)
-        flat = [x for x in _with_grad(outputs) if x.requires_grad]
+        flat = [x for x in _flat(outputs) if x.requires_grad]
         total = sum((x * _weights(x)).sum() for x in flat)
         leaves = [*inputs, *(x for x in module.parameters() if x.requires_grad)]
         grads = torch.autograd.grad(total, leaves, allow_unused=True)
@@ -112,14 +116,6 @@ def _weights(x):
     if x.shape not in _MADE:
         _MADE[x.shape] = torch.linspace(-1, 1, x.numel()).view(x.shape).sin()
     return _MADE[x.shape]
-
-
-def _with_grad(x):
-    if isinstance(x, Tensor):
-        return [x]
-    if isinstance(x, dict) or hasattr(x, "items"):
-        return [z for y in x.values() for z in _with_grad(y)]
-    return [z for y in x for z in _with_grad(y)] if isinstance(x, (list, tuple)) else []
 
 
 def accelerated(module: nn.Module) -> nn.Module:
@@ -349,9 +345,10 @@ def torchrl(folder: Path) -> Iterator[Pair]:
 
     D, S, C, embed_size = 2048, 32, 16, 1024
     shared = dict(hidden_dim=256, num_categoricals=S, num_classes=C, unimix=0.01)
+    cell = dict(action_shape=torch.Size([A]), rnn_hidden_dim=D, action_dim=A, recurrent_model="block_gru")
     next_ = {k: ("next", k) for k in ("prior_logits", "state", "belief", "encoded_latents", "posterior_logits")}
     prior = TensorDictModule(
-        RSSMPriorV3(action_shape=torch.Size([A]), rnn_hidden_dim=D, action_dim=A, recurrent_model="block_gru", **shared),
+        RSSMPriorV3(**cell, **shared),
         in_keys=["state", "belief", "action"], out_keys=[next_[k] for k in ("prior_logits", "state", "belief")],
     )  # fmt: skip
     posterior = TensorDictModule(

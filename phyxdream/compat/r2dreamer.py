@@ -36,11 +36,12 @@ def lambda_return(
     Raises:
         ValueError: the shapes do not fit, or λ is outside [0, 1].
     """
-    live = (1 - term[:, 1:].to(reward.dtype)) * disc
-    lambda_ = (1 - last[:, 1:].to(reward.dtype)) * lamb
     if not 0 <= lamb <= 1:
         raise ValueError(f"lamb: expected a number in [0, 1], got {lamb}")
-    returns = ops.lambda_return(*(swapped(x) for x in (reward[:, 1:], boot[:, 1:], live, lambda_)))
+    # Of whole tensors, which lie densely, and only then all but the first step.
+    live = term.to(reward.dtype).mul(-disc).add_(disc)
+    lambda_ = last.to(reward.dtype).mul(-lamb).add_(lamb)
+    returns = ops.lambda_return(*(swapped(x)[1:] for x in (reward, boot, live, lambda_)))
     return swapped(returns)
 
 

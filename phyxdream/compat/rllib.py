@@ -1,8 +1,8 @@
 """RLlib's DreamerV3 in torch: the training pass of its `WorldModel`.
 
 Its conventions: batch-major (B, T, ...), the action that led to step t is `actions[:, t - 1]`, and z and h of a first
-step are those of `get_initial_state`. Its cell is torch's GRU, which the ops compute as it is. Source:
-rllib/algorithms/dreamerv3/torch/models/world_model.py and components of github.com/ray-project/ray.
+step are those of `get_initial_state`. Its cell is torch's GRU in older releases, and one with a layer norm since.
+Source: rllib/algorithms/dreamerv3/torch/models/world_model.py and components of github.com/ray-project/ray.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from phyxdream.compat import noise, scans
 from phyxdream.compat.acceleration import Accelerated
-from phyxdream.compat.sheeprl import gru_weights
-from phyxdream.compat.structure import Model, Traits, check_dtype, only_layer, whole_head
+from phyxdream.compat.structure import Model, Traits, check_dtype, gru_weights, only_layer, whole_head
 from phyxdream.nn.layers import symlog
-from phyxdream.ops.rssm_cells import GRUWeights, PosteriorWeights, class_probabilities
+from phyxdream.ops.rssm_cells import GRUWeights, LayerNormGRUWeights, PosteriorWeights, class_probabilities
 
 UNIMIX = 0.01  # its representation layer has this number in its code
 
@@ -49,7 +48,11 @@ class WorldModel(Accelerated):
         stoch, classes = layer.num_categoricals, layer.num_classes_per_categorical
         entering = traits.layer(only_layer(sequence.pre_gru_layer._net, "pre_gru_layer"))
         in_stoch, in_action = entering.weight.split([stoch * classes, entering.weight.shape[1] - stoch * classes], 1)
-        cell = GRUWeights(in_stoch, in_action, *entering[1:], *gru_weights(sequence.gru_unit))
+        unit, inputs = sequence.gru_unit, (in_stoch, in_action, *entering[1:])
+        if isinstance(unit, nn.RNNBase):
+            cell = GRUWeights(*inputs, *gru_weights(unit))
+        else:
+            cell = LayerNormGRUWeights(*inputs, *traits.gates_after_state(unit.linear, unit.layer_norm, unit.cell_size))
         seen = traits.posterior(*whole_head([module.posterior_mlp._net, layer.z_generating_layer], "posterior_mlp"))
         D = module.num_gru_units
         embed_first = torch.cat([seen.in_weight[:, -D:], seen.in_weight[:, :-D]], 1)  # it reads the embedding before h
@@ -89,8 +92,8 @@ class WorldModel(Accelerated):
             observations = symlog(observations)
         observations = observations.reshape(B * T, *observations.shape[2:])
         embed = self.encoder(observations).view(B, T, -1)
-        initial = self.get_initial_state()
-        initial = initial["h"][0], initial["z"][0].to(model.like.dtype)
+        initial = self.get_initial_state()  # with or without an axis of one sequence
+        initial = initial["h"].flatten(), initial["z"].reshape(model.latent).to(model.like.dtype)
         led = actions.roll(1, 1)  # that of step 0 is the last one, as there: only is_first keeps it out
         start = (x.expand(B, *x.shape) for x in initial)
         post_noise, _ = noise.draw(model, T, B, draws=2)

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from phyxdream import ops
 from phyxdream.compat import noise, scans
 from phyxdream.compat.acceleration import Accelerated
-from phyxdream.compat.structure import Misfit, Model, Traits, check_dtype, layers_of, only_layer, whole_head
+from phyxdream.compat.structure import (
+    Misfit,
+    Model,
+    Traits,
+    check_dtype,
+    gru_weights,
+    layers_of,
+    only_layer,
+    whole_head,
+)
 from phyxdream.ops.rssm_cells import GRUWeights, LayerNormGRUWeights
 
 
@@ -287,14 +296,9 @@ class _RSSM(Accelerated):
 def _layer_norm_gru(traits: Traits, recurrent: nn.Module, flat: int) -> LayerNormGRUWeights:
     entering = traits.layer(only_layer(recurrent.mlp._model, "recurrent_model.mlp"))
     rnn = recurrent.rnn
-    if not isinstance(rnn.layer_norm, nn.LayerNorm):
-        raise Misfit("a GRU without a layer norm on its gates")
-    D = rnn.hidden_size
-    gates = torch.cat([rnn.linear.weight[:, D:], rnn.linear.weight[:, :D]], 1)  # it reads h before x
     in_stoch, in_action = entering.weight.split([flat, entering.weight.shape[1] - flat], 1)
-    return LayerNormGRUWeights(
-        in_stoch, in_action, *entering[1:], gates, *traits.affine(rnn.layer_norm), rnn.linear.bias
-    )
+    gates = traits.gates_after_state(rnn.linear, rnn.layer_norm, rnn.hidden_size)
+    return LayerNormGRUWeights(in_stoch, in_action, *entering[1:], *gates)
 
 
 def _named(module: nn.Module, recurrent: str) -> bool:
@@ -371,21 +375,6 @@ class RSSMV1(_RSSM):
         cell = GRUWeights(in_stoch, in_action, *entering[1:], *gru_weights(recurrent.rnn))
         options = traits.options(0.0, min_std=float(module.min_std))
         return check_dtype(Model(cell, posterior, prior, options, stoch, 0))
-
-
-def gru_weights(rnn: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gates of an `nn.GRU` of one layer, or of an `nn.GRUCell`, as `GRUWeights` has them."""
-    if isinstance(rnn, nn.GRUCell):
-        found = rnn.weight_ih, rnn.weight_hh, rnn.bias_ih, rnn.bias_hh
-    elif isinstance(rnn, nn.GRU) and rnn.num_layers == 1 and not rnn.bidirectional and not rnn.batch_first:
-        if not rnn.bias:
-            raise Misfit("a GRU without biases")
-        found = rnn.weight_ih_l0, rnn.weight_hh_l0, rnn.bias_ih_l0, rnn.bias_hh_l0
-    else:
-        raise Misfit(f"a recurrent part that is no GRU of one layer: {rnn}")
-    if any(x is None for x in found):
-        raise Misfit("a GRU without biases")
-    return found
 
 
 KINDS = (RSSMV3, RSSMV2, RSSMV1)

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from phyxdream import ops
 from phyxdream.compat.acceleration import Accelerated
-from phyxdream.compat.sheeprl import gru_weights
-from phyxdream.compat.structure import Misfit, Traits, layers_of
+from phyxdream.compat.structure import Misfit, Traits, gru_weights, layers_of
 from phyxdream.ops import SlotAttentionWeights
 
 _LOG_STD = ("slots_logsigma", "slots_log_sigma")

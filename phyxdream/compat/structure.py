@@ -75,6 +75,14 @@ class Traits:
     def head(self, layers: list[Layer], out: nn.Linear) -> HeadWeights:
         return HeadWeights(tuple(map(self.layer, layers)), out.weight, _bias_of(out))
 
+    def gates_after_state(
+        self, linear: nn.Linear, norm: nn.Module, D: int
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Gates, gain, shift and bias of `LayerNormGRUWeights`, of a map that reads h before x."""
+        if not isinstance(norm, nn.LayerNorm):
+            raise Misfit("a GRU without a layer norm on its gates")
+        return torch.cat([linear.weight[:, D:], linear.weight[:, :D]], 1), *self.affine(norm), linear.bias
+
     def posterior(self, layers: list[Layer], out: nn.Linear) -> PosteriorWeights:
         if len(layers) != 1:
             raise Misfit(f"a posterior of {len(layers)} hidden layers instead of 1")
@@ -192,6 +200,21 @@ def whole_head(modules: Iterable[nn.Module], what: str) -> tuple[list[Layer], nn
     if out is None or not layers:
         raise Misfit(f"{what} that does not end in hidden layers and a linear one")
     return layers, out
+
+
+def gru_weights(rnn: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gates of an `nn.GRU` of one layer, or of an `nn.GRUCell`, as `GRUWeights` has them."""
+    if isinstance(rnn, nn.GRUCell):
+        found = rnn.weight_ih, rnn.weight_hh, rnn.bias_ih, rnn.bias_hh
+    elif isinstance(rnn, nn.GRU) and rnn.num_layers == 1 and not rnn.bidirectional and not rnn.batch_first:
+        if not rnn.bias:
+            raise Misfit("a GRU without biases")
+        found = rnn.weight_ih_l0, rnn.weight_hh_l0, rnn.bias_ih_l0, rnn.bias_hh_l0
+    else:
+        raise Misfit(f"a recurrent part that is no GRU of one layer: {rnn}")
+    if any(x is None for x in found):
+        raise Misfit("a GRU without biases")
+    return found
 
 
 def watched(module: nn.Module) -> str:

@@ -15,8 +15,16 @@ from torch import Tensor, nn
 from phyxdream import ops
 from phyxdream.compat import noise, scans
 from phyxdream.compat.acceleration import Accelerated
-from phyxdream.compat.sheeprl import gru_weights
-from phyxdream.compat.structure import Misfit, Model, Traits, check_dtype, layers_of, only_layer, whole_head
+from phyxdream.compat.structure import (
+    Misfit,
+    Model,
+    Traits,
+    check_dtype,
+    gru_weights,
+    layers_of,
+    only_layer,
+    whole_head,
+)
 from phyxdream.ops.rssm_cells import BlockGRUWeights, GRUWeights
 
 

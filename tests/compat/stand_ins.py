@@ -507,10 +507,21 @@ class Representation(nn.Module):
         return multinomial(p), p
 
 
-class Sequence(nn.Module):
+class NormedGRU(nn.Module):
     def __init__(self):
         super().__init__()
-        self.pre_gru_layer, self.gru_unit = Net(S * C + A), nn.GRU(U, D)
+        self.cell_size, self.linear = D, nn.Linear(U + D, 3 * D, bias=False)
+        self.layer_norm = nn.LayerNorm(3 * D, eps=1e-5)
+
+    def forward(self, x, h):
+        h = gates(self.layer_norm(self.linear(torch.cat([h, x], -1))), h)
+        return h, h
+
+
+class Sequence(nn.Module):
+    def __init__(self, normed):
+        super().__init__()
+        self.pre_gru_layer, self.gru_unit = Net(S * C + A), NormedGRU() if normed else nn.GRU(U, D)
 
     def forward(self, a, h, z):
         x = self.pre_gru_layer(torch.cat([z.flatten(1), a], -1))
@@ -539,13 +550,13 @@ class Predictor(nn.Module):
 class RLlib(nn.Module):
     """WorldModel"""
 
-    def __init__(self, batch_length_T=5):
+    def __init__(self, batch_length_T=5, normed=False):
         super().__init__()
         self.batch_length_T, self.symlog_obs, self.num_gru_units = batch_length_T, True, D
         self.encoder, self.decoder = nn.Linear(6, E), Predictor()
         self.reward_predictor, self.continue_predictor = Predictor(), Predictor()
         self.posterior_mlp, self.posterior_representation_layer = Net(D + E), Representation()
-        self.dynamics_predictor, self.sequence_model = Dynamics(), Sequence()
+        self.dynamics_predictor, self.sequence_model = Dynamics(), Sequence(normed)
         self.initial_h = nn.Parameter(torch.zeros(D))
 
     def get_initial_state(self):

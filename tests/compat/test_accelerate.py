@@ -152,6 +152,7 @@ KINDS = {
     "torchrl without resets": Kind(partial(s.TorchrlRollout, reset_key=None), forward=rollout_torchrl),
     "torchrl prior": Kind(s.TorchrlPrior, forward=prior_torchrl),
     "RLlib": Kind(s.RLlib, train=train_rllib),
+    "RLlib normed": Kind(partial(s.RLlib, normed=True), train=train_rllib),
     "slot attention": Kind(s.SlotAttention, forward=attend),
     "slot attention, no biases": Kind(
         partial(s.SlotAttention, bias=False, sequence=True, split=True, eps=1e-3, log="slots_log_sigma"), forward=attend
@@ -213,7 +214,7 @@ def test_same_outputs_samples_and_gradients(kind, call):
             assert torch.equal(found[name].round(), expected[name].round()), name
 
 
-@pytest.mark.parametrize(("kind", "call"), [(k, c) for k, c in CALLS if "torchrl" not in k and k != "RLlib"])
+@pytest.mark.parametrize(("kind", "call"), [(k, c) for k, c in CALLS if "torchrl" not in k and "RLlib" not in k])
 def test_the_same_in_float64(kind, call):
     module, fast = pair(kind)
     call = KINDS[kind].calls[call]
