@@ -1,4 +1,4 @@
-"""The tables of README.md and bench/results/README.md, from the results files: `python -m phyxdream.bench.table`.
+"""The tables of README.md, docs/ and bench/results/, from the results files: `python -m phyxdream.bench.table`.
 
 Between `<!-- bench NAME -->` and `<!-- end bench -->` everything is replaced by what the files give; nothing there is
 written by hand. Of every case the newest file counts, of each machine on its own. `--check` only says whether the files
@@ -12,6 +12,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,15 @@ Rows = list[dict[str, Any]]
 _MARKED = re.compile(r"(<!-- bench (\w+) -->\n).*?(<!-- end bench -->)", re.DOTALL)
 
 
+@dataclass
+class Files:
+    """Results files by kind: of suites, of the replay beside others, of codebases before and after `accelerate`."""
+
+    timings: list[dict[str, Any]] = field(default_factory=list)
+    replays: list[dict[str, Any]] = field(default_factory=list)
+    peers: list[dict[str, Any]] = field(default_factory=list)
+
+
 def update(text: str, folder: Path) -> str:
     """`text` with every marked block made anew from the results files in `folder`.
 
@@ -30,14 +40,21 @@ def update(text: str, folder: Path) -> str:
         ResultsError: a file is damaged, or a block has a name that is not in `BLOCKS`.
     """
     files = {path: results.read(path) for path in sorted(folder.glob("*.json"))}
-    comparisons = [r for r in files.values() if isinstance(r, dict) and "fill" in r]
-    timings = [results.check(r, str(path)) for path, r in files.items() if r not in comparisons]
+    found = Files()
+    for path, result in files.items():
+        kind = result if isinstance(result, dict) else {}
+        if "fill" in kind:
+            found.replays.append(result)
+        elif "peers" in kind:
+            found.peers.append(result)
+        else:
+            found.timings.append(results.check(result, str(path)))
 
     def block(match: re.Match) -> str:
         name = match[2]
         if name not in BLOCKS:
             raise ResultsError(f"unknown block {name!r}{suggest(name, BLOCKS)} (known: {', '.join(BLOCKS)})")
-        return f"{match[1]}{BLOCKS[name](timings, comparisons)}\n{match[3]}"
+        return f"{match[1]}{BLOCKS[name](found)}\n{match[3]}"
 
     return _MARKED.sub(block, text)
 
@@ -210,18 +227,41 @@ def _library(name: str) -> str:
     return name.split(" ")[0] if re.search(r" \d+\.\d", name) else ""
 
 
-BLOCKS: dict[str, Callable[[list[dict[str, Any]], list[dict[str, Any]]], str]] = {
-    "ops": lambda timings, _: _timings(timings, lambda row: row.get("headline", False) and row["suite"] != "update"),
-    "update": lambda timings, _: _timings(timings, lambda row: row["suite"] == "update"),
-    "all": lambda timings, _: _timings(timings, lambda row: True),
-    "replay": lambda _, comparisons: _replay(comparisons),
+# ---------------------------------------------------------------------------------------------------------------------
+# Other codebases: files of peers.py.
+
+
+def _peers(files: list[dict[str, Any]]) -> str:
+    if not files:
+        return "Nothing has been measured yet.\n"
+    result = max(files, key=lambda result: result["machine"]["started"])
+    lines = [
+        [
+            f"{row['codebase']} {row['revision']}", row["what"], seconds_text(row["theirs"]), seconds_text(row["ours"]),
+            ratio_text(row["ratio"]), "" if row["difference"] is None else f"{row['difference']:.0e}",
+        ]
+        for row in result["peers"]
+    ]  # fmt: skip
+    head = ["codebase", "what", "before", "after", "ratio", "differs by"]
+    machine = result["machine"]
+    table = _markdown(head, lines, [False, False, True, True, True, True])
+    return f"{table}\n{_measured(machine_name(machine), [machine])}\n"
+
+
+BLOCKS: dict[str, Callable[[Files], str]] = {
+    "ops": lambda files: _timings(files.timings, lambda row: row.get("headline", False) and row["suite"] != "update"),
+    "update": lambda files: _timings(files.timings, lambda row: row["suite"] == "update"),
+    "all": lambda files: _timings(files.timings, lambda row: True),
+    "replay": lambda files: _replay(files.replays),
+    "peers": lambda files: _peers(files.peers),
 }
 """What can stand between markers."""
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m phyxdream.bench.table", description=__doc__.split("\n\n")[0])
-    parser.add_argument("pages", nargs="*", type=Path, default=[Path("README.md"), results.FOLDER / "README.md"])
+    pages = [Path("README.md"), Path("docs/use-in-your-dreamer.md"), results.FOLDER / "README.md"]
+    parser.add_argument("pages", nargs="*", type=Path, default=pages)
     parser.add_argument("--results", type=Path, default=results.FOLDER, help="folder of the JSON files")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a page differs from the files")
     options = parser.parse_args(argv)
