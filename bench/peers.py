@@ -186,12 +186,12 @@ def dreamerv3_torch(folder: Path) -> Iterator[Pair]:
     }
     data["is_first"][:, 0] = 1
 
-    def step(fast):
+    def step(fast, **options):
         torch.manual_seed(0)
         model = models.WorldModel(space, None, 0, config)
         behaviour = models.ImagBehavior(config, model)
         if fast:
-            phyxdream.accelerate(behaviour)
+            phyxdream.accelerate(behaviour, **options)
 
         def run():
             post, _, _ = model._train(dict(data))
@@ -200,8 +200,12 @@ def dreamerv3_torch(folder: Path) -> Iterator[Pair]:
         return run
 
     with mock.patch("builtins.print"):
-        pair = Pair("whole train step, dmc_vision, B16 T64, H15", step(False), step(True), exact=False)
-    yield pair
+        what = "whole train step, dmc_vision, B16 T64, H15"
+        pairs = (
+            Pair(what, step(False), step(True), exact=False),
+            Pair(f"{what}, linear=True", step(False), step(True, linear=True), exact=False),
+        )
+    yield from pairs
 
 
 def _dreamerv3_config(path):

@@ -8,6 +8,8 @@
 | `torchrl` | pytorch/rl: RSSMRolloutV3, RSSMPriorV3, lambda_target |
 | `danijar` | danijar/dreamer and dreamerv2: their calls, on our RSSM |
 | `rllib` | RLlib's DreamerV3 in torch |
+| `checkpoints` | weights of dreamerv3-torch and r2dreamer in our agent |
+| `sheeprl_replay`, `torchrl_replay` | our replay behind their buffers |
 | `slot_attention` | slot attention modules after lucidrains/slot-attention |
 
 None of these codebases needs to be installed.

@@ -340,6 +340,24 @@ def test_an_agent_that_is_no_module():
     assert phyxdream.restore(agent) == ("world_model.rssm",)
 
 
+def test_linear_layers_if_wanted():
+    torch.manual_seed(0)
+    whole = Whole(s.DreamerV3Torch())
+    plain = copy.deepcopy(whole)
+    call = lambda m: (m(torch.randn(B, T, 6), torch.randn(B, T, s.A), first_steps(torch.float32).t()), [])  # noqa: E731
+    summary = phyxdream.accelerate(whole, linear=True)
+    assert len(summary.replaced) == 2
+    assert "7 layers: torch.nn.Linear: forward replaced: differentiable once" in str(summary)
+    assert phyxdream.accelerate(whole) == summary
+    assert_same(results(call, whole), results(call, plain), 1e-5)
+    assert_same(results(call, pickle.loads(pickle.dumps(whole))), results(call, plain), 1e-5)
+    x = torch.randn(40, 6, dtype=torch.float64)
+    torch.testing.assert_close(whole.encoder.double()(x), plain.encoder.double()(x))
+    assert len(phyxdream.restore(whole)) == 8 and type(whole.encoder) is nn.Linear
+    with pytest.raises(TypeError, match="linear: expected True or False, got int"):
+        phyxdream.accelerate(whole, linear=1)
+
+
 def test_nothing_to_replace():
     assert "nothing replaced" in str(phyxdream.accelerate(nn.Linear(2, 2)))
     for wrong in (3, object()):
