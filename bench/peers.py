@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -118,6 +118,23 @@ def _weights(x):
     return _MADE[x.shape]
 
 
+def returns(
+    what: str, given: Sequence[Tensor], theirs: Callable[..., Tensor], ours: Callable[..., Tensor]
+) -> Iterator[Pair]:
+    """λ-returns of `given`, without gradients and with those of rewards and values, as behind an actor's loss."""
+    leaves = [x.clone().requires_grad_() for x in given[:2]]
+
+    def back(function):
+        def run():
+            found = function(*leaves, *given[2:])
+            return [found.detach(), *torch.autograd.grad(found.mean(), leaves)]
+
+        return run
+
+    yield Pair(what, lambda: theirs(*given), lambda: ours(*given))
+    yield Pair(f"{what}, forward + backward", back(theirs), back(ours))
+
+
 def accelerated(module: nn.Module) -> nn.Module:
     """A copy after the one line."""
     fast = copy.deepcopy(module)
@@ -154,20 +171,12 @@ def dreamerv3_torch(folder: Path) -> Iterator[Pair]:
                trained(observe, fast))  # fmt: skip
 
     shape = H, B * T, 1
-    reward, value, pcont = (torch.rand(shape) for _ in range(3))
-    last = torch.rand(shape[1:])
-
-    def returns(function):
-        return lambda: torch.stack(function(reward, value, pcont, bootstrap=last, lambda_=0.95, axis=0), dim=1)
-
-    yield Pair(
-        "lambda_return and the caller's stack, 15 x 1024", returns(tools.lambda_return), returns(compat.lambda_return)
+    given = *(torch.rand(shape) for _ in range(3)), torch.rand(shape[1:])
+    functions = (
+        lambda *x, f=f: torch.stack(f(*x, lambda_=0.95, axis=0), dim=1)
+        for f in (tools.lambda_return, compat.lambda_return)
     )
-    yield Pair(
-        "lambda_return alone, 15 x 1024",
-        lambda: tools.lambda_return(reward, value, pcont, bootstrap=last, lambda_=0.95, axis=0),
-        lambda: compat.lambda_return(reward, value, pcont, last, 0.95, 0),
-    )
+    yield from returns("lambda_return and the caller's stack, 15 x 1024", given, *functions)
 
     config = _dreamerv3_config(folder / "configs.yaml")
     if config is None:
@@ -325,17 +334,15 @@ def sheeprl(folder: Path) -> Iterator[Pair]:
         yield Pair(what, trained(call, module), trained(call, accelerated(module)))
 
     shape = H, B * T, 1
-    reward, value, going = (torch.rand(shape) for _ in range(3))
+    given = [torch.rand(shape) for _ in range(3)]
     last = torch.rand(1, *shape[1:])
-    yield Pair("DreamerV3 compute_lambda_values, 15 x 1024",
-               lambda: utils3.compute_lambda_values(reward, value, going, 0.95),
-               lambda: compat.compute_lambda_values(reward, value, going, 0.95))  # fmt: skip
-    yield Pair("DreamerV2 compute_lambda_values, 15 x 1024",
-               lambda: utils2.compute_lambda_values(reward, value, going, last, H, 0.95),
-               lambda: compat.compute_lambda_values_v2(reward, value, going, last, H, 0.95))  # fmt: skip
-    yield Pair("DreamerV1 compute_lambda_values, 14 x 1024",
-               lambda: utils1.compute_lambda_values(reward, value, going, last[0], H, 0.95),
-               lambda: compat.compute_lambda_values_v1(reward, value, going, last[0], H, 0.95))  # fmt: skip
+    for name, theirs, ours, rest in (
+        ("DreamerV3 compute_lambda_values, 15 x 1024", utils3, compat.compute_lambda_values, ()),
+        ("DreamerV2 compute_lambda_values, 15 x 1024", utils2, compat.compute_lambda_values_v2, (last, H)),
+        ("DreamerV1 compute_lambda_values, 14 x 1024", utils1, compat.compute_lambda_values_v1, (last[0], H)),
+    ):
+        functions = theirs.compute_lambda_values, ours
+        yield from returns(name, given, *(lambda *x, f=f, rest=rest: f(*x, *rest, lmbda=0.95) for f in functions))
 
 
 def torchrl(folder: Path) -> Iterator[Pair]:
@@ -377,12 +384,12 @@ def torchrl(folder: Path) -> Iterator[Pair]:
     yield Pair(what, trained(call, module), trained(call, accelerated(module)))
 
     shape = B * T, H, 1
-    reward, value, going = (torch.rand(shape) for _ in range(3))
     estimator = types.SimpleNamespace(gamma=torch.tensor(0.997), lmbda=torch.tensor(0.95))
     loss = types.SimpleNamespace(value_estimator=estimator)
-    yield Pair("lambda_target with a continuation, 1024 x 15",
-               lambda: DreamerV3ActorLoss.lambda_target(loss, reward, value, going),
-               lambda: compat.lambda_target(reward, value, going, 0.997, 0.95))  # fmt: skip
+    yield from returns(
+        "lambda_target with a continuation, 1024 x 15", [torch.rand(shape) for _ in range(3)],
+        lambda *x: DreamerV3ActorLoss.lambda_target(loss, *x), lambda *x: compat.lambda_target(*x, 0.997, 0.95),
+    )  # fmt: skip
 
 
 def rllib(_: Path) -> Iterator[Pair]:
