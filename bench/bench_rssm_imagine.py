@@ -51,7 +51,7 @@ def build(op: str, size: Size, direction: str, device: torch.device) -> Call:
     deter.requires_grad_()
     stoch.requires_grad_()
     weights = model.cell.weights(), head_weights(*model.prior), head_weights(actor.mlp, actor.out)
-    options = dict(dist=actor.dist, **model.cell.options._asdict(), policy_act=actor.act)
+    options = dict(dist=actor.dist, **model.cell.options.keywords, policy_act=actor.act)
     return Call(
         functools.partial(ops.rssm_imagine_policy, **options),
         (actor.draw_noise(steps, batch), deter, stoch, noise, *weights),

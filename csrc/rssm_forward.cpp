@@ -110,15 +110,37 @@ PHYX_INLINE void forward_statistics(const Head& head, const HeadWeights& weights
 // ---------------------------------------------------------------------------------------------------------------------
 // Samples.
 
-// Softmax, unimix, and the class that arrives first, argmin(time / p), of every lane. The noise is in rows (B, stride).
-PHYX_INLINE void draw_class(int32_t* winner, float* __restrict p, const float* __restrict logits, int64_t C,
-                            float unimix, const float* rows, int64_t stride, int used) {
-  const Vector *in = vectors(logits), uniform = Vector{} + 1.0f / static_cast<float>(C);
-  Vector *out = vectors(p), peak = in[0], sum{}, best{}, first{};
+// Softmax of every lane: out <- e^(in - max), returns the sums.
+PHYX_INLINE Vector exponentials(float* __restrict p, const float* __restrict logits, int64_t C) {
+  const Vector* in = vectors(logits);
+  Vector *out = vectors(p), peak = in[0], sum{};
   for (int64_t c = 1; c < C; ++c) peak = if_less(peak, in[c], in[c], peak);
   for (int64_t c = 0; c < C; ++c) out[c] = in[c] - peak;
   for (int64_t i = 0; i < C * kLanes; ++i) p[i] = vec_exp(p[i]);
   for (int64_t c = 0; c < C; ++c) sum += out[c];
+  return sum;
+}
+
+// Softmax, unimix, and the class where the cumulative probabilities pass the noise, which is one number a row.
+PHYX_INLINE void pass_class(int32_t* winner, float* __restrict p, const float* __restrict logits, int64_t C,
+                            float unimix, const float* rows, int64_t stride, int used) {
+  const Vector uniform = Vector{} + 1.0f / static_cast<float>(C), sum = exponentials(p, logits, C);
+  Vector *out = vectors(p), level{}, total{}, passed{};
+  for (int l = 0; l < used; ++l) level[l] = rows[l * stride];
+  for (int64_t c = 0; c < C; ++c) {
+    const Vector share = out[c] / sum;
+    out[c] = share;
+    total += share + unimix * (uniform - share);
+    passed += if_less(total, level, Vector{} + 1.0f, Vector{});
+  }
+  for (int l = 0; l < kLanes; ++l) winner[l] = std::min(static_cast<int32_t>(passed[l]), static_cast<int32_t>(C - 1));
+}
+
+// Softmax, unimix, and the class that arrives first, argmin(time / p), of every lane. The noise is in rows (B, stride).
+PHYX_INLINE void draw_class(int32_t* winner, float* __restrict p, const float* __restrict logits, int64_t C,
+                            float unimix, const float* rows, int64_t stride, int used) {
+  const Vector uniform = Vector{} + 1.0f / static_cast<float>(C), sum = exponentials(p, logits, C);
+  Vector *out = vectors(p), best{}, first{};
   for (int64_t c0 = 0; c0 < C; c0 += kTile) {
     const int count = static_cast<int>(std::min<int64_t>(kTile, C - c0));
     float times[kTile * kLanes];
@@ -138,8 +160,13 @@ PHYX_INLINE void draw_class(int32_t* winner, float* __restrict p, const float* _
 PHYX_INLINE void sample_class(const Scan& s, int64_t variable, int64_t t, int64_t g) {
   const int64_t C = s.C, start = variable * C;
   int32_t* winner = s.classes + (g * (s.Z / C) + variable) * kLanes;
-  draw_class(winner, s.tape_at(t, g, s.state.tape + start), s.state.stat.at(g, start), C, s.unimix,
-             s.noise + s.row(t, g) * s.Z + start, s.Z, s.used(g));
+  float* kept = s.tape_at(t, g, s.state.tape + start);
+  const float* logits = s.state.stat.at(g, start);
+  const int64_t S = s.Z / C;
+  if (s.cumulative)
+    pass_class(winner, kept, logits, C, s.unimix, s.noise + s.row(t, g) * S + variable, S, s.used(g));
+  else
+    draw_class(winner, kept, logits, C, s.unimix, s.noise + s.row(t, g) * s.Z + start, s.Z, s.used(g));
   for (int l = 0; l < s.used(g); ++l) {
     float* onehot = s.stoch_out + (s.row(t, g) + l) * s.Z + start;
     const int32_t one = winner[l];
@@ -169,8 +196,9 @@ PHYX_MULTIVERSION void forward_sample(const Scan& s, int64_t t, int64_t begin, i
     const int64_t low = unit * s.unit_size, high = std::min(statistics, low + s.unit_size);
     for (int64_t g = 0; s.C > 0 && g < s.groups; ++g) {
       const int64_t at = s.row(t, g) * s.Z + low;
-      for (const float* rows : {s.noise, static_cast<const float*>(s.stat_out), static_cast<const float*>(s.stoch_out)})
-        prefetch_rows(rows + at, s.Z, s.used(g), high - low);
+      const float* noise = s.cumulative ? nullptr : s.noise;
+      for (const float* rows : {noise, static_cast<const float*>(s.stat_out), static_cast<const float*>(s.stoch_out)})
+        if (rows) prefetch_rows(rows + at, s.Z, s.used(g), high - low);
       prefetch_tape(s, s.state.tape + low, static_cast<int>(high - low), t, g, 1);
     }
     for (int64_t i = low / kTile; i * kTile < high; ++i) {

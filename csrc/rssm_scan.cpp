@@ -93,6 +93,7 @@ void set_up(Scan& s, const Arguments& a, const Weights& weights, int64_t groups,
   s.all_groups = (s.B + kLanes - 1) / kLanes;
   s.groups = groups;
   s.gumbel = a.size("gumbel") != 0;
+  s.cumulative = a.size("cumulative") != 0;
   for (auto& [name, to] : {std::pair<const char*, float*>{"unimix", &s.unimix}, {"min_std", &s.min_std},
                            {"policy_unimix", &s.policy_unimix}, {"policy_min_std", &s.policy_min_std},
                            {"policy_max_std", &s.policy_max_std}})

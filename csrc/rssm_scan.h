@@ -115,7 +115,7 @@ struct Scan {
   Policy dist;
   int64_t T, B, A, D, Z, C, U, G, all_groups;
   int64_t first_group = 0, groups = 0;  // of the block being walked
-  bool backward, gumbel;  // gumbel: z has the gradient of its Gumbel-softmax, not that of p
+  bool backward, gumbel, cumulative;  // z has the gradient of its Gumbel-softmax, not of p; noise is one number a z
   float unimix, min_std, policy_unimix, policy_min_std, policy_max_std, policy_offset;
 
   const float *noise, *action_noise, *deter_first, *stoch_first, *stoch_start, *initial_deter, *initial_stoch;

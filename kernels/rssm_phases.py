@@ -101,6 +101,7 @@ class Sizes(NamedTuple):
     gates: tl.constexpr  # where the gates start, if they have no layer
     unimix: tl.constexpr
     min_std: tl.constexpr
+    cumulative: tl.constexpr  # whether the noise has one number a variable
     precision: tl.constexpr  # of products
     ROWS: tl.constexpr  # sequences of a tile
     COLUMNS: tl.constexpr  # features of a tile
@@ -117,7 +118,7 @@ class Memory(NamedTuple):
     action: Any  # or, where that is None, the action as its layer reads it
     embeds: Any  # what the embedding brings to the head, or None
     is_first: Any  # None without resets
-    noise: Any  # arrival times, or standard normal
+    noise: Any  # arrival times, one number a variable, or standard normal
     initial_deter: Any  # of resets
     initial_stoch: Any
     stoch_first: Any  # (B, ·) and (·) of step 0 and of resets: z, or for categorical latents what it brings
@@ -761,11 +762,17 @@ def sample(w, l, d, s, t, T, tile, B, i):
         logits = tl.where(is_class[None, :], logits, float("-inf"))
         p = _softmax(logits, s)
         p = p * (1 - s.unimix) + s.unimix / s.classes
-        time = tl.load(
-            d.noise + row[:, None] * Z + column[None, :], mask=exists[:, None] & inside[None, :], other=1.0
-        ).to(tl.float32)
-        time = tl.reshape(tl.where(is_class[None, :], time, float("inf")), p.shape)
-        index = tl.minimum(tl.argmin(time / p, 2), s.classes - 1)  # NaN must not lead beyond the table
+        if s.cumulative:
+            at = i * s.VARIABLES + tl.arange(0, s.VARIABLES)
+            level = _load(d.noise, row, s.stoch, at, exists[:, None] & (at < s.stoch)[None, :])
+            passed = tl.where(level[:, :, None] > tl.cumsum(p, 2), 1, 0)
+            index = tl.minimum(tl.sum(passed, 2), s.classes - 1)
+        else:
+            time = tl.load(
+                d.noise + row[:, None] * Z + column[None, :], mask=exists[:, None] & inside[None, :], other=1.0
+            ).to(tl.float32)
+            time = tl.reshape(tl.where(is_class[None, :], time, float("inf")), p.shape)
+            index = tl.minimum(tl.argmin(time / p, 2), s.classes - 1)  # NaN must not lead beyond the table
         chosen = tl.arange(0, s.CLASSES)[None, None, :] == index[:, :, None]
         onehot = tl.reshape(tl.where(chosen, 1.0, 0.0), logits.shape)
         _store(d.stoch, row, Z, column, exists[:, None] & inside[None, :], onehot)

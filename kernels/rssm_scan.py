@@ -282,7 +282,8 @@ def arguments(
         cells[model.cell],
         *map(tl.constexpr, (
             model.A, model.D, model.U, model.stoch, model.classes, model.blocks, model.D + model.E, model.in_row,
-            model.tape_row, model.taped, model.gates, model.options.unimix, model.options.min_std, "ieee", plan.rows,
+            model.tape_row, model.taped, model.gates, model.options.unimix, model.options.min_std,
+            model.options.cumulative, "ieee", plan.rows,
             plan.columns, plan.depth, classes, variables,
             min(triton.next_power_of_2(model.stoch), max(1, 4096 // (plan.rows * plan.columns))),
         )),

@@ -140,17 +140,19 @@ def accelerate(module: Any, *, linear: bool = False) -> Summary:
         if isinstance(part, Accelerated):
             replaced.append(Part(path, part.kind, part.replaces, part.remark))
             continue
-        for mixin in _kinds():
-            if not mixin.recognises(part):
-                continue
+        refused = None
+        for mixin in (kind for kind in _kinds() if kind.recognises(part)):
             try:
                 _fit(part, mixin)
             except Misfit as reason:
-                left.append(Part(path, mixin.kind, reason=str(reason)))
+                refused = refused or Part(path, mixin.kind, reason=str(reason))
             else:
                 replaced.append(Part(path, mixin.kind, mixin.replaces, mixin.remark))
-            break
+                break
         else:
+            if refused:
+                left.append(refused)
+                continue
             known = (x.path for x in (*replaced, *left))
             inside = any(not x or path.startswith(f"{x}.") for x in known)  # of something that was looked at
             if not inside and (reason := _almost(part)):
@@ -194,7 +196,9 @@ def _kinds() -> tuple[type[Accelerated], ...]:
         sheeprl.RSSMV2,
         sheeprl.RSSMV1,
         torchrl.RolloutV3,
+        torchrl.RolloutV3Cumulative,
         torchrl.PriorV3,
+        torchrl.PriorV3Cumulative,
         rllib.WorldModel,
         slot_attention.SlotAttention,
     )

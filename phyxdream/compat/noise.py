@@ -7,7 +7,6 @@ is the same race.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from phyxdream.compat.structure import Model
@@ -16,19 +15,15 @@ from phyxdream.compat.structure import Model
 def draw(model: Model, steps: int, rows: int, draws: int = 1) -> list[Tensor]:
     """`draws` noises, each (steps, rows, S, C) or (steps, rows, S), in the order of a loop that draws them all in a
     step before the next."""
-    noise = model.like.new_empty(steps, draws, rows, *model.latent)
+    noise = model.like.new_empty(steps, draws, rows, *model.noise)
     for step in noise:
         for one in step:
-            if model.classes:
+            if model.cumulative:
+                one.uniform_()
+            elif model.classes:
                 one.exponential_()
             else:
                 one.normal_()
-    if model.classes:
+    if model.classes and not model.cumulative:
         noise.neg_().exp_()
     return list(noise.unbind(1))
-
-
-def skip(model: Model, rows: int) -> None:
-    """Draws what the original would draw once more and throw away."""
-    with torch.no_grad():
-        draw(model, 1, rows)

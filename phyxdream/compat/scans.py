@@ -37,7 +37,7 @@ def observe(
     reset = {} if initial is None else dict(initial_deter=initial[0], initial_stoch=initial[1])
     found = ops.rssm_observe(
         embed, action, is_first, deter, stoch.reshape(-1, *model.latent), noise, model.cell, model.posterior,
-        **reset, **model.options._asdict(),
+        **reset, **model.options.keywords,
     )  # fmt: skip
     return _sequence(model, found)
 
@@ -48,7 +48,7 @@ def imagine(model: Model, action: Tensor, deter: Tensor, stoch: Tensor, noise: T
     if model.prior_unimix is not None:
         options = options._replace(unimix=model.prior_unimix)
     found = ops.rssm_imagine(
-        action, deter, stoch.reshape(-1, *model.latent), noise, model.cell, model.prior, **options._asdict()
+        action, deter, stoch.reshape(-1, *model.latent), noise, model.cell, model.prior, **options.keywords
     )
     return _sequence(model, found)
 
@@ -62,7 +62,9 @@ def prior(model: Model, deter: Tensor, noise: Tensor | None) -> Sequence:
         stoch = None
         if noise is not None:
             p = rssm_cells.class_probabilities(logits, unimix)
-            stoch = rssm_cells.draw_class(p, rssm_cells.arrival_times(noise), model.options.gumbel)
+            options = model.options._replace(cumulative=model.cumulative)
+            noise = noise.unsqueeze(-1) if model.cumulative else rssm_cells.arrival_times(noise)
+            stoch = rssm_cells.draw_latent(p, noise, options)
         return Sequence(deter, stoch, logits)
     mean, raw = statistics.chunk(2, -1)
     std = rssm_cells.deviation(raw, model.options.min_std)

@@ -111,6 +111,7 @@ class Model:
     stoch: int
     classes: int  # 0: Gaussian
     prior_unimix: float | None = None  # where it is not that of the options
+    cumulative: bool = False  # whether a class is drawn by one uniform number
 
     @property
     def like(self) -> Tensor:
@@ -119,6 +120,11 @@ class Model:
     @property
     def latent(self) -> tuple[int, ...]:
         return (self.stoch, self.classes) if self.classes else (self.stoch,)
+
+    @property
+    def noise(self) -> tuple[int, ...]:
+        """Shape of the noise of one latent state."""
+        return (self.stoch,) if self.cumulative else self.latent
 
 
 def tensors(weights: Iterable) -> Iterator[Tensor]:

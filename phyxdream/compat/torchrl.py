@@ -50,7 +50,7 @@ def lambda_target(
     return ops.lambda_return(reward, value, gamma * continuation, lmbda).movedim(0, -2)
 
 
-def _model(prior: nn.Module, posterior: nn.Module | None) -> Model:
+def _model(prior: nn.Module, posterior: nn.Module | None, cumulative: bool) -> Model:
     """Of an RSSMPriorV3 and an RSSMPosteriorV3."""
     traits, flat = Traits(), prior.num_categoricals * prior.num_classes
     head = traits.head(*whole_head(prior.rnn_to_prior_projector, "rnn_to_prior_projector"))
@@ -85,7 +85,8 @@ def _model(prior: nn.Module, posterior: nn.Module | None) -> Model:
         seen = traits.posterior(*whole_head(posterior.obs_rnn_to_post_projector, "obs_rnn_to_post_projector"))
     options = traits.options(float((posterior or prior).unimix))
     sizes = prior.num_categoricals, prior.num_classes
-    return check_dtype(Model(cell, seen, head, options, *sizes, prior_unimix=float(prior.unimix)))
+    unimix = float(prior.unimix)
+    return check_dtype(Model(cell, seen, head, options, *sizes, prior_unimix=unimix, cumulative=cumulative))
 
 
 def _is_prior(module: Any) -> bool:
@@ -99,18 +100,19 @@ class PriorV3(Accelerated):
 
     kind = "RSSMPriorV3 of torchrl"
     replaces = ("forward",)
+    cumulative = False  # how classes are drawn: by torch's own sampling, or, since 2026, by one uniform number
 
     @staticmethod
     def recognises(module: nn.Module) -> bool:
         return _is_prior(module)
 
-    @staticmethod
-    def read(module: nn.Module) -> Model:
-        return _model(module, None)
+    @classmethod
+    def read(cls, module: nn.Module) -> Model:
+        return _model(module, None, cls.cumulative)
 
-    @staticmethod
-    def trials(module: nn.Module):
-        model, B = _model(module, None), 3
+    @classmethod
+    def trials(cls, module: nn.Module):
+        model, B = cls.read(module), 3
         D, A = model.prior.layers[0].weight.shape[1], model.cell.in_action.shape[1]
 
         def normal(size):
@@ -138,14 +140,15 @@ class RolloutV3(Accelerated):
 
     kind = "RSSMRolloutV3 of torchrl"
     replaces = ("forward",)
+    cumulative = False  # as for `PriorV3`
 
     @staticmethod
     def recognises(module: nn.Module) -> bool:
         names = ("rssm_prior", "rssm_posterior", "reset_key", "action_key")
         return all(hasattr(module, name) for name in names)
 
-    @staticmethod
-    def read(module: nn.Module) -> Model:
+    @classmethod
+    def read(cls, module: nn.Module) -> Model:
         prior, posterior = (getattr(x, "module", None) for x in (module.rssm_prior, module.rssm_posterior))
         if not _is_prior(prior) or not hasattr(posterior, "obs_rnn_to_post_projector"):
             raise Misfit("a prior or posterior that is no RSSMPriorV3 or RSSMPosteriorV3")
@@ -157,13 +160,13 @@ class RolloutV3(Accelerated):
             raise Misfit("other keys of state and belief than its own loop reads")
         if _keys(module.rssm_prior.in_keys)[:2] != ["state", "belief"]:
             raise Misfit("a prior that does not read state, belief and an action")
-        return _model(prior, posterior)
+        return _model(prior, posterior, cls.cumulative)
 
-    @staticmethod
-    def trials(module: nn.Module):
+    @classmethod
+    def trials(cls, module: nn.Module):
         from tensordict import TensorDict
 
-        model, B, T = RolloutV3.read(module), 3, 4
+        model, B, T = cls.read(module), 3, 4
         D, A = model.prior.layers[0].weight.shape[1], model.cell.in_action.shape[1]
         E = model.posterior.in_weight.shape[1] - D
 
@@ -223,6 +226,18 @@ class RolloutV3(Accelerated):
         for key, x in reading.items():
             out.set(key, back(x))
         return out
+
+
+class PriorV3Cumulative(PriorV3):
+    """`PriorV3` of later releases."""
+
+    cumulative = True
+
+
+class RolloutV3Cumulative(RolloutV3):
+    """`RolloutV3` of later releases."""
+
+    cumulative = True
 
 
 def _keys(keys) -> list:

@@ -408,7 +408,7 @@ class RSSM(nn.Module):
         return self._state(
             *ops.rssm_observe(
                 embed, action, is_first.bool(), state.deter, state.stoch, noise, self.cell.weights(), posterior,
-                **reset, **self.cell.options._asdict(),
+                **reset, **self.cell.options.keywords,
             )
         )  # fmt: skip
 
@@ -426,7 +426,7 @@ class RSSM(nn.Module):
         return self._state(
             *ops.rssm_imagine(
                 action, state.deter, state.stoch, noise, self.cell.weights(), head_weights(*self.prior),
-                **self.cell.options._asdict(),
+                **self.cell.options.keywords,
             )
         )  # fmt: skip
 
@@ -462,7 +462,7 @@ class RSSM(nn.Module):
             *future, action = ops.rssm_imagine_policy(
                 policy.draw_noise(horizon, B, generator=generator), state.deter, state.stoch, noise,
                 self.cell.weights(), head_weights(*self.prior), head_weights(policy.mlp, policy.out),
-                dist=policy.dist, **self.cell.options._asdict(), policy_act=policy.act, policy_unimix=policy.unimix,
+                dist=policy.dist, **self.cell.options.keywords, policy_act=policy.act, policy_unimix=policy.unimix,
                 policy_min_std=policy.min_std, policy_max_std=policy.max_std,
             )  # fmt: skip
             start = replace(state, slots=None).map(lambda x: x.unsqueeze(0))

@@ -7,7 +7,7 @@ the definition of correct for every faster implementation.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -172,6 +172,14 @@ class Options(NamedTuple):
     rms_eps: float
     layer_eps: float
     gumbel: bool = False
+    cumulative: bool = False  # that of the noise, not an option of the ops: one number for all classes of a variable
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """As the ops take them."""
+        named = self._asdict()
+        del named["cumulative"]
+        return named
 
 
 def _rows(x: Tensor) -> int:
@@ -269,6 +277,20 @@ def draw_class(p: Tensor, time: Tensor, gumbel: bool = False) -> Tensor:
         ratio = p / time
         p = ratio / ratio.sum(-1, keepdim=True)
     return straight_through(p, index)
+
+
+def draw_latent(p: Tensor, noise: Tensor, options: Options) -> Tensor:
+    """The sample of categorical latents with probabilities p (..., S, C): of `arrival_times` by `draw_class`, or where
+    the cumulative probabilities pass the noise, which is the same for all classes."""
+    if not options.cumulative:
+        return draw_class(p, noise, options.gumbel)
+    index = (noise > p.detach().cumsum(-1)).sum(-1, keepdim=True)
+    return straight_through(p, index.clamp_max(p.shape[-1] - 1))
+
+
+def latent_noise(noise: Tensor, categorical: bool, options: Options) -> Tensor:
+    """Noise as `draw_latent` takes it."""
+    return arrival_times(noise) if categorical and not options.cumulative else noise
 
 
 def straight_through(p: Tensor, index: Tensor) -> Tensor:

@@ -137,6 +137,13 @@ def check_act(name: str, act: str) -> None:
         raise ValueError(f"{name}: expected one of {sorted(ACTIVATIONS)}, got {act!r}")
 
 
+def per_class(noise: Tensor, stoch: Tensor) -> tuple[Tensor, bool]:
+    """Noise (T, B, S) of categorical latents as (T, B, S, C), without a copy, and whether that was done."""
+    if noise.dim() == 3 and stoch.dim() == 3 and stoch.shape[1] == noise.shape[2]:
+        return noise.unsqueeze(-1).expand(*noise.shape, stoch.shape[2]), True
+    return noise, False
+
+
 def check_flag(name: str, flag: bool) -> None:
     if not isinstance(flag, bool):
         raise TypeError(f"{name}: expected True or False, got {type(flag).__name__}")

@@ -192,6 +192,7 @@ def arguments(
         "rms_eps": options.rms_eps,
         "layer_eps": options.layer_eps,
         "gumbel": int(options.gumbel),
+        "cumulative": int(options.cumulative),
         "deter": deter,
         # What only some scans have.
         "is_first": None,
@@ -216,6 +217,11 @@ def describe(name: str, head: HeadWeights) -> dict:
         result[f"{name}{i}_size"] = weight.shape[0]
         result |= {f"{name}{i}_{part}": getattr(layer, part) for part in ("bias", "gain", "shift")}
     return result
+
+
+def kernel_noise(noise: Tensor, options: Options) -> Tensor:
+    """As C++ takes it: where all classes have the same, one number a variable."""
+    return noise[..., 0] if options.cumulative else noise
 
 
 def call(function: str, arguments: dict) -> None:

@@ -31,6 +31,7 @@ from phyxdream.ops.rssm_contract import (
     check_tensors,
     in_float32,
     named_weights,
+    per_class,
 )
 from phyxdream.ops.rssm_imagine_cpu import PolicyOptions
 
@@ -52,7 +53,7 @@ def rssm_imagine(
 ) -> tuple[Tensor, ...]:
     """Prior states that follow a state under given actions, differentiable once in every tensor but `noise`.
 
-    Latents are categorical where `noise` is (H, B, S, C) and Gaussian where it is (H, B, S). Categorical samples are
+    Latents are categorical where `stoch` is (B, S, C) and Gaussian where it is (B, S). Categorical samples are
     one-hot with the straight-through gradient of p = (1 - unimix) softmax(logits) + unimix / C; Gaussian ones are
     mean + std · noise with std = softplus(raw) + min_std.
 
@@ -61,7 +62,7 @@ def rssm_imagine(
             result. All tensors share its dtype.
         deter: (B, D) state before the first step.
         stoch: (B, S, C) or (B, S).
-        noise: (H, B, S, C) uniform in [0, 1), or (H, B, S) standard normal; float32 also goes with half precision.
+        noise: (H, B, S, C) or (H, B, S), as for `rssm_observe`.
         cell: `GRUWeights`, `LayerNormGRUWeights` or `BlockGRUWeights`; which one says which cell it is.
         prior: `HeadWeights` from h to the statistics of z.
         act: activation of all layers, `silu`, `elu`, `relu`, `gelu` or `tanh`; None is the cell's own: `elu` for a
@@ -170,8 +171,8 @@ def rssm_imagine_policy(
 
 def _results(output, noise, min_std):
     deter, stoch, statistics = output[:3]
-    if noise.dim() == 4:
-        return deter, stoch, statistics.unflatten(-1, noise.shape[2:])
+    if stoch.dim() == 4:
+        return deter, stoch, statistics.unflatten(-1, stoch.shape[2:])
     mean, raw = statistics.chunk(2, -1)
     return deter, stoch, mean, rssm_cells.deviation(raw, min_std)
 
@@ -186,7 +187,7 @@ _INPUTS = ", ".join(
     + ["str cell", "int prior_layers", "int policy_layers", "str dist", "str act", "str policy_act"]
     + [f"float {name}" for name in ("unimix", "min_std", "rms_eps", "layer_eps")]
     + [f"float {name}" for name in ("policy_unimix", "policy_min_std", "policy_max_std")]
-    + ["bool gumbel", "bool keep_tape"]
+    + ["bool gumbel", "bool cumulative", "bool keep_tape"]
 )
 # Beside the results, what the backward needs: the tape (floats, laid out by whoever wrote it) and the sampled classes.
 _OUTPUTS = ("deter_out", "stoch_out", "statistics", "action_out", "tape", "index")
@@ -210,6 +211,8 @@ def _prepare(
     name = cell_name(cell)
     if noise.dim() not in (3, 4):
         raise ValueError(f"noise: expected shape (H, B, S, C) or (H, B, S), got {tuple(noise.shape)}")
+    noise, cumulative = per_class(noise, stoch)
+    tensors["noise"] = noise
     H, B, *latent = noise.shape
     if action.dim() != 3 or action.shape[:2] != (H, B):
         raise ValueError(f"{first}: expected shape ({H}, {B}, A), got {tuple(action.shape)}")
@@ -245,17 +248,19 @@ def _prepare(
     )  # fmt: skip
     check_numbers(numbers)
     check_flag("gumbel", gumbel)
+    if gumbel and cumulative:
+        raise ValueError(f"noise: gumbel needs it for every class, {tuple(noise.shape)}, got {tuple(noise.shape[:3])}")
     keep_tape = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in flat)
     counts = (layers[0], layers[1] if closed else 0)
     weights = [x for x in flat[_TENSORS:] if x is not None]
     given = "".join("01"[x is not None] for x in flat[_TENSORS:])
-    options = (name, *counts, dist, act, policy_act, *map(float, numbers.values()), gumbel, keep_tape)
+    options = (name, *counts, dist, act, policy_act, *map(float, numbers.values()), gumbel, cumulative, keep_tape)
     return *flat[:_TENSORS], weights, given, *options
 
 
 def _split(args) -> tuple[CellWeights, HeadWeights, HeadWeights | None, Options, PolicyOptions | None]:
     """What follows the four tensors of the schema, as it was given."""
-    weights, given, name, prior_layers, policy_layers, dist, act, policy_act, *numbers, gumbel, _ = args
+    weights, given, name, prior_layers, policy_layers, dist, act, policy_act, *numbers, gumbel, cumulative, _ = args
     rest = iter(weights)
     weights = [next(rest) if x == "1" else None for x in given]
     kind = CELLS[name]
@@ -266,8 +271,8 @@ def _split(args) -> tuple[CellWeights, HeadWeights, HeadWeights | None, Options,
         heads.append(HeadWeights(layers, *weights[4 * count : 4 * count + 2]))
         weights = weights[4 * count + 2 :]
         if not policy_layers:
-            return cell, heads[0], None, Options(act, *numbers[:4], gumbel), None
-    return cell, *heads, Options(act, *numbers[:4], gumbel), PolicyOptions(dist, policy_act, *numbers[4:])
+            return cell, heads[0], None, Options(act, *numbers[:4], gumbel, cumulative), None
+    return cell, *heads, Options(act, *numbers[:4], gumbel, cumulative), PolicyOptions(dist, policy_act, *numbers[4:])
 
 
 def _reference(*args):
@@ -278,7 +283,7 @@ def _scan(action, deter, stoch, noise, *rest):
     cell, prior, policy, options, policy_options = _split(rest)
     H, latent = noise.shape[0], noise.shape[2:]
     categorical = len(latent) == 2
-    race = rssm_cells.arrival_times(noise) if categorical else noise
+    race = rssm_cells.latent_noise(noise, categorical, options)
     if policy is None:
         embedded = rssm_cells.embed_action(cell, action, options)
     else:
@@ -298,7 +303,7 @@ def _scan(action, deter, stoch, noise, *rest):
         statistics = rssm_cells.head(prior, deter, options)
         if categorical:
             p = rssm_cells.class_probabilities(statistics.unflatten(-1, latent), options.unimix)
-            stoch = rssm_cells.draw_class(p, race[t], options.gumbel).flatten(1)
+            stoch = rssm_cells.draw_latent(p, race[t], options).flatten(1)
         else:
             mean, raw = statistics.chunk(2, -1)
             stoch = mean + rssm_cells.deviation(raw, options.min_std) * race[t]

@@ -65,7 +65,7 @@ def forward(
         arguments["action_noise"] = action
         # What z brings to its layers at the first step, where it may be anything.
         arguments["policy_stoch_first"] = product(stoch, policy.layers[0].weight[:, D:]) if categorical else None
-    arguments["noise"] = noise
+    arguments["noise"] = rssm_cpu.kernel_noise(noise, options)
     arguments["stoch_first"] = product(stoch, cell.in_stoch) if categorical else stoch
     rssm_cpu.call("rssm_scan_forward", arguments)
     return outputs

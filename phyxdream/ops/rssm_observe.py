@@ -32,6 +32,7 @@ from phyxdream.ops.rssm_contract import (
     check_weights,
     in_float32,
     named_weights,
+    per_class,
 )
 
 
@@ -56,7 +57,7 @@ def rssm_observe(
 ) -> tuple[Tensor, ...]:
     """Posterior states of a sequence, differentiable once in every tensor but `is_first` and `noise`.
 
-    Latents are categorical where `noise` is (T, B, S, C) and Gaussian where it is (T, B, S). Categorical samples are
+    Latents are categorical where `stoch` is (B, S, C) and Gaussian where it is (B, S). Categorical samples are
     one-hot with the straight-through gradient of p = (1 - unimix) softmax(logits) + unimix / C; Gaussian ones are
     mean + std · noise with std = softplus(raw) + min_std.
 
@@ -66,7 +67,9 @@ def rssm_observe(
         is_first: (T, B) bool; where true, the state and the action are reset before the step.
         deter: (B, D) state before the first step.
         stoch: (B, S, C) or (B, S).
-        noise: (T, B, S, C) uniform in [0, 1), or (T, B, S) standard normal; float32 also goes with half precision.
+        noise: for categorical latents uniform in [0, 1), (T, B, S, C), whose classes race for the smallest
+            −log(noise) / p, or (T, B, S), which picks the class where the cumulative probabilities pass it; for
+            Gaussian ones (T, B, S) standard normal. float32 also goes with half precision.
         cell: `GRUWeights`, `LayerNormGRUWeights` or `BlockGRUWeights`; which one says which cell it is.
         posterior: `PosteriorWeights`.
         initial_deter: (D,) where a reset leads; None is zeros.
@@ -112,8 +115,8 @@ def rssm_observe(
         gumbel=gumbel,
     )  # fmt: skip
     deter, stoch, statistics = _op(*args)[:3]
-    if noise.dim() == 4:
-        return deter, stoch, statistics.unflatten(-1, noise.shape[2:])
+    if stoch.dim() == 4:
+        return deter, stoch, statistics.unflatten(-1, stoch.shape[2:])
     mean, raw = statistics.chunk(2, -1)
     return deter, stoch, mean, rssm_cells.deviation(raw, min_std)
 
@@ -127,7 +130,7 @@ _INPUTS = ", ".join(
     [f"Tensor {name}" for name in _TENSORS]
     + [f"Tensor? w{i}" for i in range(_WEIGHTS)]
     + ["str cell", "str act", "float unimix", "float min_std", "float rms_eps", "float layer_eps"]
-    + ["bool gumbel", "bool keep_tape"]
+    + ["bool gumbel", "bool cumulative", "bool keep_tape"]
 )
 # Beside the results, what the backward needs: the tape (floats, laid out by whoever wrote it) and the sampled classes.
 _SCHEMA = f"({_INPUTS}) -> (Tensor deter_out, Tensor stoch_out, Tensor statistics, Tensor tape, Tensor index)"
@@ -151,6 +154,8 @@ def _prepare(
         raise TypeError(f"posterior: expected PosteriorWeights, got {type(posterior).__name__}")
     if noise.dim() not in (3, 4):
         raise ValueError(f"noise: expected shape (T, B, S, C) or (T, B, S), got {tuple(noise.shape)}")
+    noise, cumulative = per_class(noise, stoch)
+    tensors["noise"] = noise
     T, B, *latent = noise.shape
     if embed.dim() != 3 or embed.shape[:2] != (T, B):
         raise ValueError(f"embed: expected shape ({T}, {B}, E), got {tuple(embed.shape)}")
@@ -187,14 +192,16 @@ def _prepare(
     numbers = dict(unimix=unimix, min_std=min_std, rms_eps=rms_eps, layer_eps=layer_eps)
     check_numbers(numbers)
     check_flag("gumbel", gumbel)
+    if gumbel and cumulative:
+        raise ValueError(f"noise: gumbel needs it for every class, {tuple(noise.shape)}, got {tuple(noise.shape[:3])}")
     keep_tape = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in flat)
-    return *flat, name, act, *map(float, numbers.values()), gumbel, keep_tape
+    return *flat, name, act, *map(float, numbers.values()), gumbel, cumulative, keep_tape
 
 
 def split_weights(args) -> tuple[CellWeights, PosteriorWeights, Options]:
     """What follows the eight tensors of the schema, as it was given to `rssm_observe`."""
-    *weights, name, act, unimix, min_std, rms_eps, layer_eps, gumbel, _ = args
-    return *_by_name(weights, name), Options(act, unimix, min_std, rms_eps, layer_eps, gumbel)
+    *weights, name, act, unimix, min_std, rms_eps, layer_eps, gumbel, cumulative, _ = args
+    return *_by_name(weights, name), Options(act, unimix, min_std, rms_eps, layer_eps, gumbel, cumulative)
 
 
 def _by_name(weights, name):
@@ -212,7 +219,7 @@ def _scan(embed, action, is_first, deter, stoch, noise, initial_deter, initial_s
     cell, posterior, options = split_weights(rest)
     T, latent = noise.shape[0], noise.shape[2:]
     D, categorical = deter.shape[1], len(latent) == 2
-    race = rssm_cells.arrival_times(noise) if categorical else noise
+    race = rssm_cells.latent_noise(noise, categorical, options)
     first = is_first.unsqueeze(-1)  # (T, B, 1)
     stoch, initial_stoch = stoch.flatten(1), initial_stoch.flatten()
     # Hoisted out of the loop: the action's layer, and the embedding's half of the posterior's first layer.
@@ -229,7 +236,7 @@ def _scan(embed, action, is_first, deter, stoch, noise, initial_deter, initial_s
         statistics = F.linear(hidden, posterior.out_weight, posterior.out_bias)
         if categorical:
             p = rssm_cells.class_probabilities(statistics.unflatten(-1, latent), options.unimix)
-            stoch = rssm_cells.draw_class(p, race[t], options.gumbel).flatten(1)
+            stoch = rssm_cells.draw_latent(p, race[t], options).flatten(1)
         else:
             mean, raw = statistics.chunk(2, -1)
             stoch = mean + rssm_cells.deviation(raw, options.min_std) * race[t]

@@ -59,7 +59,7 @@ def forward(
         **_common(outputs, tensors, cell, posterior, options),
         "state_first_rows": embeds,
         "action": rssm_cells.clipped(cell, _reset(action, is_first)),
-        "noise": noise,
+        "noise": rssm_cpu.kernel_noise(noise, options),
         "stoch_first": first_stoch,
         "stoch_start": start,
         "initial_stoch": initial_stoch,

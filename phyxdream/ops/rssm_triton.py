@@ -185,7 +185,9 @@ def from_action(model: Model, cell: CellWeights, action: Tensor, dtype: torch.dt
 
 
 def kernel_noise(model: Model, noise: Tensor) -> Tensor:
-    """As the kernels take it: arrival times of categorical latents, or standard normal."""
+    """As the kernels take it: arrival times of categorical latents, one number a variable, or standard normal."""
+    if model.options.cumulative:
+        return noise[..., 0].float().contiguous()
     return (rssm_cells.arrival_times(noise.float()) if model.classes else noise).contiguous()
 
 

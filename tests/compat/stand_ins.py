@@ -24,6 +24,13 @@ def multinomial(p):
     return onehot + p - p.detach()
 
 
+def cumulative(p):
+    """One-hot samples by one uniform number each."""
+    level = torch.rand(p.shape[:-1], dtype=p.dtype).unsqueeze(-1)
+    index = (level > p.detach().cumsum(-1)).sum(-1).clamp_max(p.shape[-1] - 1)
+    return F.one_hot(index, p.shape[-1]).to(p.dtype) + p - p.detach()
+
+
 def gates(x, h):
     r, c, u = x.chunk(3, -1)
     u = torch.sigmoid(u - 1)
@@ -408,8 +415,9 @@ class BlockGRU(nn.Module):
 class TorchrlPrior(nn.Module):
     """RSSMPriorV3"""
 
-    def __init__(self, recurrent_model="block_gru", unimix=0.01, eps=1e-4):
+    def __init__(self, recurrent_model="block_gru", unimix=0.01, eps=1e-4, draw=multinomial):
         super().__init__()
+        self.draw = draw
         self.num_categoricals, self.num_classes, self.unimix, self.recurrent_model = S, C, unimix, recurrent_model
         if recurrent_model == "block_gru":
             self.rnn = BlockGRU(eps=eps)
@@ -426,21 +434,22 @@ class TorchrlPrior(nn.Module):
         else:
             belief = self.rnn(self.action_state_projector(torch.cat([state, action], -1)), belief)
         logits = self.rnn_to_prior_projector(belief).unflatten(-1, (S, C))
-        return logits, multinomial(mixed(logits, self.unimix)).flatten(-2), belief
+        return logits, self.draw(mixed(logits, self.unimix)).flatten(-2), belief
 
 
 class TorchrlPosterior(nn.Module):
     """RSSMPosteriorV3"""
 
-    def __init__(self, use_rms_norm=True, unimix=0.01, eps=1e-4):
+    def __init__(self, use_rms_norm=True, unimix=0.01, eps=1e-4, draw=multinomial):
         super().__init__()
+        self.draw = draw
         self.num_categoricals, self.num_classes, self.unimix = S, C, unimix
         layers = _normed(D + E, U, eps) if use_rms_norm else [nn.Linear(D + E, U), nn.SiLU()]
         self.obs_rnn_to_post_projector = nn.Sequential(*layers, nn.Linear(U, S * C))
 
     def forward(self, belief, embedding):
         logits = self.obs_rnn_to_post_projector(torch.cat([belief, embedding], -1)).unflatten(-1, (S, C))
-        return logits, multinomial(mixed(logits, self.unimix)).flatten(-2)
+        return logits, self.draw(mixed(logits, self.unimix)).flatten(-2)
 
 
 class Keyed(nn.Module):
@@ -458,11 +467,12 @@ class Keyed(nn.Module):
 class TorchrlRollout(nn.Module):
     """RSSMRolloutV3"""
 
-    def __init__(self, recurrent_model="block_gru", reset_key="is_init"):
+    def __init__(self, recurrent_model="block_gru", reset_key="is_init", draw=multinomial):
         super().__init__()
         next_ = [("next", k) for k in ("prior_logits", "state", "belief", "encoded_latents", "posterior_logits")]
         logits, state, belief, embed, post = next_
-        prior, posterior = TorchrlPrior(recurrent_model), TorchrlPosterior(recurrent_model == "block_gru")
+        prior = TorchrlPrior(recurrent_model, draw=draw)
+        posterior = TorchrlPosterior(recurrent_model == "block_gru", draw=draw)
         self.rssm_prior = Keyed(prior, ["state", "belief", "action"], [logits, state, belief])
         self.rssm_posterior = Keyed(posterior, [belief, embed], [post, state])
         self.out_keys = [logits, state, belief, post]

@@ -151,6 +151,8 @@ KINDS = {
     "torchrl gru": Kind(partial(s.TorchrlRollout, "gru"), forward=rollout_torchrl),
     "torchrl without resets": Kind(partial(s.TorchrlRollout, reset_key=None), forward=rollout_torchrl),
     "torchrl prior": Kind(s.TorchrlPrior, forward=prior_torchrl),
+    "torchrl cumulative": Kind(partial(s.TorchrlRollout, draw=s.cumulative), forward=rollout_torchrl),
+    "torchrl prior cumulative": Kind(partial(s.TorchrlPrior, draw=s.cumulative), forward=prior_torchrl),
     "RLlib": Kind(s.RLlib, train=train_rllib),
     "RLlib normed": Kind(partial(s.RLlib, normed=True), train=train_rllib),
     "slot attention": Kind(s.SlotAttention, forward=attend),
@@ -159,7 +161,7 @@ KINDS = {
     ),
 }  # fmt: skip
 CALLS = [(kind, call) for kind, found in KINDS.items() for call in found.calls]
-TENSORDICT = {"torchrl", "torchrl gru", "torchrl without resets"}
+TENSORDICT = {"torchrl", "torchrl cumulative", "torchrl gru", "torchrl without resets"}
 
 
 def pair(kind):

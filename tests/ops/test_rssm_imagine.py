@@ -276,6 +276,15 @@ def test_cpu_takes_the_options(kind, loop, options):
 
 
 @needs_extension
+@pytest.mark.parametrize("loop", ["open", "categorical"])
+@pytest.mark.parametrize("kind", CELLS)
+def test_cpu_takes_one_number_a_variable(kind, loop):
+    case = Case(kind, loop=loop, latent=(6, 19), B=21, dtype=torch.float32)
+    case.noise = case.noise[..., 0]
+    assert_same(case.run("cpu"), case.run("reference"))
+
+
+@needs_extension
 def test_cpu_takes_min_std():
     case = Case("gru", (5,), dtype=torch.float32)
     assert_same(case.run("cpu", min_std=0.7), case.run("reference", min_std=0.7))
@@ -434,6 +443,8 @@ def check_shapes_in_the_interpreter():
     assert_same(triton_run(case, "split", **options), case.run("reference", **options))
     case = Case("gru", loop="categorical", H=2, dtype=torch.float32)
     assert_same(triton_run(case, "tile", gumbel=True), case.run("reference", gumbel=True))
+    case.noise = case.noise[..., 0].contiguous()
+    assert_same(triton_run(case, "split"), case.run("reference"))
 
 
 def check_what_else_triton_takes_in_the_interpreter():

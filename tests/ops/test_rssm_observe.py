@@ -437,6 +437,30 @@ def test_cpu_takes_the_options(kind, options):
     assert_same(case.run("cpu", **options), case.run("reference", **options))
 
 
+def test_one_number_a_variable_picks_by_cumulative_probabilities():
+    """As torch's own search does; the gradient is that of p."""
+    case = Case(latent=(5, 7), T=3, B=200)
+    case.noise = case.noise[..., 0].contiguous()
+    found = case.run("reference", unimix=0.1)
+    p = 0.9 * found["logits"].softmax(-1) + 0.1 / 7
+    index = torch.searchsorted(p.cumsum(-1), case.noise.unsqueeze(-1)).clamp(max=6)
+    assert torch.equal(found["stoch"].round(), F.one_hot(index.squeeze(-1), 7).to(p.dtype))
+    shares = found["stoch"][0].round().mean(0)
+    assert ((shares - p[0].mean(0)).abs() < 5 * (0.25 / 200) ** 0.5).all()
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    "sizes", [dict(), dict(latent=(6, 19), B=21), dict(latent=(1, 2), B=37), dict(T=1, B=16)], ids=str
+)
+@pytest.mark.parametrize("kind", CELLS)
+def test_cpu_takes_one_number_a_variable(kind, sizes):
+    case = Case(kind, dtype=torch.float32, **sizes)
+    case.noise = case.noise[..., 0]
+    case.noise[0, 0], case.noise[0, 1:2] = 0.0, 1 - 2**-24
+    assert_same(case.run("cpu"), case.run("reference"))
+
+
 @needs_extension
 def test_cpu_takes_min_std():
     case = Case("gru", (5,), dtype=torch.float32)
@@ -544,7 +568,7 @@ def test_what_is_not_wanted_is_not_computed():
     args, keywords = case.arguments(leaves)
     prepared = op._prepare(*args, **keywords)
     outputs = torch.ops.phyxdream.rssm_observe(*prepared)
-    wanted = [x is not None and x.requires_grad for i, x in enumerate(prepared[:-8]) if i not in (2, 5)]
+    wanted = [x is not None and x.requires_grad for i, x in enumerate(prepared[:-9]) if i not in (2, 5)]
     results = [x.detach() for x in outputs]
     grads = torch.ops.phyxdream.rssm_observe_backward(*results[:3], wanted, *results, *prepared)
     assert [x.numel() > 0 for x in grads] == wanted
@@ -623,7 +647,7 @@ def check_shapes_in_the_interpreter():
     for unimix in (0.01, 0.0):
         options = dict(gumbel=True, unimix=unimix)
         assert_same(triton_run(case, "split", **options), case.run("reference", **options))
-    case.cell["gates_bias"] = None
+    case.cell["gates_bias"], case.noise = None, case.noise[..., 0].contiguous()
     assert_same(triton_run(case, "tile"), case.run("reference"))
     case = Case("gru", norm="layer", V=530, T=1, dtype=torch.float32)  # sums of more tiles than one load takes
     assert_same(triton_run(case, "persistent"), case.run("reference"))
@@ -695,11 +719,14 @@ MODELS = {
 }
 
 
-def assert_compiles_and_fits(assert_launches_fit, model, dtype, direction, B=16, **options):
+def assert_compiles_and_fits(assert_launches_fit, model, dtype, direction, B=16, cumulative=False, **options):
     kernels = pytest.importorskip("phyxdream.kernels.rssm_scan")
 
     def call():
-        args, keywords = Case(T=64, B=B, E=1024, A=6, dtype=dtype, **MODELS[model]).arguments(**options)
+        case = Case(T=64, B=B, E=1024, A=6, dtype=dtype, **MODELS[model])
+        if cumulative:
+            case.noise = case.noise[..., 0]
+        args, keywords = case.arguments(**options)
         args = (*op._prepare(*args, **keywords)[:-1], True)  # with a tape
         outputs = op._triton_forward(*args)
         if direction == "backward":
@@ -724,11 +751,19 @@ def test_triton_compiles_and_fits_at_all_sizes(assert_launches_fit, model, B, dt
     assert_compiles_and_fits(assert_launches_fit, model, dtype, direction, B)
 
 
+def test_gumbel_needs_noise_of_every_class():
+    case = Case()
+    case.noise = case.noise[..., 0]
+    with pytest.raises(ValueError, match=r"noise: gumbel needs it for every class, \(4, 3, 3, 4\), got \(4, 3, 3\)"):
+        case.call(gumbel=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("model", "B"), [("512", 16), ("12M", 16), ("12M", 128)])
-def test_triton_compiles_and_fits_with_gumbel(assert_launches_fit, model, B, dtype):
+def test_triton_compiles_and_fits_with_other_draws(assert_launches_fit, model, B, dtype):
     assert_compiles_and_fits(assert_launches_fit, model, dtype, "backward", B, gumbel=True)
+    assert_compiles_and_fits(assert_launches_fit, model, dtype, "forward", B, cumulative=True)
 
 
 @pytest.mark.gpu
@@ -795,6 +830,8 @@ def test_opcheck_and_autocast_on_a_gpu():
 @pytest.mark.parametrize(("kind", "latent"), KINDS)
 def test_opcheck(kind, latent):
     case = Case(kind, LATENTS[latent], T=2, dtype=torch.float32)
+    if kind == "gru" and latent == "categorical":
+        case.noise = case.noise[..., 0]
     args, keywords = case.arguments({k: x.clone().requires_grad_() for k, x in case.inputs.items()})
     opcheck(torch.ops.phyxdream.rssm_observe.default, op._prepare(*args, **keywords))
 
