@@ -561,40 +561,50 @@ def curves_figure(groups: Sequence[Group], among: Sequence[Group] | None = None,
     figure = Figure(figsize=(9.6, sum(heights)), layout="constrained")
     parts = figure.subfigures(len(envs), 1, height_ratios=heights, squeeze=False)[:, 0]
     for part, env in zip(parts, envs, strict=True):
+        here = [g for g in groups if g.env == env]
+        left, right = _draw_env(part, here, kinds[env] or ["training"], styles, scale, unit)
         if title:
-            part.suptitle(env, fontsize=11, fontweight="bold", color=INK["ink"], x=0.01, ha="left")
+            left.set_title(env, loc="left", fontsize=11, fontweight="bold", color=INK["ink"])
+        if title and any(len(g.members) > 1 for g in here):
             bands = f"IQM over seeds, {100 * CONFIDENCE:.0f} % bootstrap bands"
-            part.text(0.99, 0.98, bands, fontsize=8, color=INK["muted"], ha="right", va="top")
-        _draw_env(part, [g for g in groups if g.env == env], kinds[env] or ["training"], styles, scale, unit)
+            right.set_title(bands, loc="right", fontsize=8, color=INK["muted"])
     return figure
 
 
 def _draw_env(
     part: SubFigure, groups: Sequence[Group], kinds: Sequence[str], styles: Mapping[str, Any], scale: int, unit: str
-) -> None:
-    grid = part.subplots(len(kinds), 2, sharey="row", squeeze=False)
+) -> Sequence[Axes]:
+    """Returns the upper axes."""
+    grid = part.subplots(len(kinds), 2, sharex="col", sharey="row", squeeze=False)
     for row, kind in zip(grid, kinds, strict=True):
         for axes, axis in zip(row, _AXES, strict=True):
             dress(axes)
             for g in groups:
                 _draw(axes, g, kind, axis, 1 if axis == "step" else scale, styles[g.label])
-            axes.set_xlabel(_AXES[axis] + (f" {unit}" if axis == "time" else ""), color=INK["muted"], fontsize=9)
         row[0].set_ylabel(f"{kind} return", color=INK["muted"], fontsize=9)
+    for axes, label in zip(grid[-1], (_AXES["step"], f"{_AXES['time']} {unit}"), strict=True):
+        axes.set_xlabel(label, color=INK["muted"], fontsize=9)
     handles = [grid[0, 0].plot([], [], linewidth=2, **styles[g.label])[0] for g in groups]
     labels = [textwrap.fill(f"{g.label} ({g.size})", 110) for g in groups]
     columns = max(1, min(len(groups), int(9.2 / (0.5 + 0.068 * max(map(len, labels))))))
     part.legend(handles, labels, loc="outside lower left", ncols=columns, **LEGEND)
+    return grid[0]
 
 
 def _draw(axes: Axes, g: Group, kind: str, axis: str, scale: int, style: Mapping[str, Any]) -> None:
     band = g.bands.get((kind, axis))
-    if band is None:
-        return
-    few = kind == "evaluation" or len(band.x) < 3
-    x = band.x / scale
-    axes.plot(x, band.iqm, linewidth=1.8, marker="o" if few else None, markersize=4, zorder=3, **style)
-    if band.interval is not None:
-        axes.fill_between(x, *band.interval, color=style["color"], alpha=0.18, linewidth=0, zorder=2)
+    if band is not None:
+        few = kind == "evaluation" or len(band.x) < 3
+        x = band.x / scale
+        axes.plot(x, band.iqm, linewidth=1.8, marker="o" if few else None, markersize=4, zorder=3, **style)
+        if band.interval is not None:
+            axes.fill_between(x, *band.interval, color=style["color"], alpha=0.18, linewidth=0, zorder=2)
+    elif kind == "evaluation" and g.final and g.final["runs"] == len(g.members):
+        # Evaluated at the end only, beside methods that have a curve: a point with its interval.
+        x = np.mean([member.final[axis] for member in g.members]) / scale
+        interval = g.final["interval"] or (g.final["iqm"], g.final["iqm"])
+        axes.plot(x, g.final["iqm"], "D", color=style["color"], markersize=5, zorder=3)
+        axes.vlines(x, *interval, color=style["color"], linewidth=1.5, zorder=3)
 
 
 # Page and numbers

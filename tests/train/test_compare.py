@@ -338,6 +338,14 @@ def test_evaluations_on_the_way_have_a_row_of_their_own(tmp_path):
     assert [axes.get_ylabel() for axes in part.axes] == ["training return", "", "evaluation return", ""]
     np.testing.assert_allclose(part.axes[2].lines[0].get_xydata(), [[10, 1.5], [30, 2]])
     np.testing.assert_allclose(part.axes[3].lines[0].get_xydata(), [[1, 1.5], [3, 2]])
+    once = [
+        make_run(tmp_path / f"{seed}", seed=seed, cell="gru", evaluations=[(30, [seed, 6.0])], seconds=60 + 120 * seed)
+        for seed in range(2)
+    ]
+    (part,) = curves_figure(groups_of(path, *once)).subfigs
+    for axes, x in zip(part.axes[2:], (30, 6), strict=True):
+        np.testing.assert_allclose(axes.lines[1].get_xydata(), [[x, 3.25]])
+        np.testing.assert_allclose(axes.collections[0].get_segments(), [[[x, 3.0], [x, 3.5]]])
 
 
 def test_more_methods_than_colours(tmp_path):
