@@ -1,4 +1,7 @@
-"""The command line: train, eval, report, replay, slots, bench, info. Typed options come from `DreamerConfig`."""
+"""The command line: train, eval, report, compare, replay, slots, bench, info.
+
+Typed options come from `DreamerConfig`.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ USAGE = """usage: phyxdream COMMAND [...]
   train [PRESET] [--options]   train an agent; bare `phyxdream train` learns Catch from its pixels in minutes
   eval RUN [--options]         evaluate the trained agent of a run directory
   report RUN                   write the HTML report of a run directory
+  compare RUN RUN...           learning curves of several runs with bands over seeds, and a table
   replay inspect PATH          what lies in the replay of a run, a checkpoint or a snapshot
   slots [--options]            train a slot autoencoder on scenes of sprites, scored against the true masks
   bench [SUITE...]             time the fused ops against PyTorch on this machine; a table, a JSON file, pictures
@@ -67,6 +71,23 @@ class Report:
 
 
 @dataclass
+class Compare:
+    """Learning curves of runs with bands over seeds, and a table; a picture, a page and the numbers go to --out.
+
+    Runs that differ only in their seed are one method. Lines are interquartile means over its runs, bands 95 %
+    intervals of a stratified bootstrap.
+    """
+
+    runs: Annotated[list[Path], tyro.conf.Positional]
+    """Run directories, finished or not."""
+    out: Path = Path("compare")
+    """Directory for compare.png (and a picture an environment), compare.html and compare.json."""
+    by: list[str] = field(default_factory=list)
+    """The options that make a method, such as preset or slot_mode: runs that differ in others only become one. By
+    default every option that matters to learning makes one."""
+
+
+@dataclass
 class ReplayInspect:
     """Show what lies in a replay: counts, episodes, a histogram of returns, and what looks wrong."""
 
@@ -108,8 +129,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 an error the user can act on, 2 wrong usage, 128+n signal n."""
     argv = sys.argv[1:] if argv is None else argv
     commands: dict[str, Callable[[list[str]], int]] = {
-        "train": _train, "eval": _eval, "report": _report, "replay": _replay,
-        "slots": _slots, "bench": _bench, "info": _info,
+        "train": _train, "eval": _eval, "report": _report, "compare": _compare,
+        "replay": _replay, "slots": _slots, "bench": _bench, "info": _info,
     }  # fmt: skip
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE.format(presets=", ".join(PRESETS)))
@@ -197,6 +218,25 @@ def _report(argv: list[str]) -> int:
     agent, found = load_agent(run)
     video = open_loop_video(agent, Replay.load(found.replay_path)) if found.replay_path else None
     print(f"report: {write_report(run, video=video, extra_panels=slot_panels(agent))}")
+    return 0
+
+
+def _compare(argv: list[str]) -> int:
+    options = tyro.cli(Compare, args=argv, prog="phyxdream compare")
+    if not options.runs:
+        print("usage: phyxdream compare RUN RUN... [--out DIR] [--by OPTION...]", file=sys.stderr)
+        return 2
+    from phyxdream.train.compare import compare
+
+    comparison = compare(options.runs, options.out, options.by)
+    console = Console(highlight=False)
+    for table in comparison.tables():
+        console.print(table, "")
+    for note in comparison.notes():
+        print(f"note: {note}")
+    kinds = {".png": "picture", ".json": "numbers", ".html": "page"}
+    for path in comparison.files:
+        print(f"{kinds[path.suffix]}: {path}")
     return 0
 
 

@@ -23,6 +23,9 @@ def test_train_eval_report(tmp_path, capsys):
     assert "over 3 episodes" in capsys.readouterr().out
     assert main(["report", logdir]) == 0
     assert (tmp_path / "run" / "report.html").exists()
+    assert main(["compare", logdir, "--out", str(tmp_path / "compare")]) == 0
+    output = capsys.readouterr().out
+    assert "gym:CartPole-v1" in output and f"page: {tmp_path}/compare/compare.html" in output
     sheet = tmp_path / "frames.png"
     assert main(["replay", "inspect", logdir, "--frames", str(sheet)]) == 0
     output = capsys.readouterr().out
@@ -73,6 +76,8 @@ def test_slots(tmp_path, capsys):
         (["slots", "--patch", "0"], ["patch", "0"]),
         (["eval", "nowhere"], ["nowhere"]),
         (["report", "nowhere"], ["nowhere"]),
+        (["compare", "nowhere"], ["nowhere", "no such directory"]),
+        (["compare", "."], ["not a phyxdream run"]),
         (["replay", "inspect", "nowhere"], ["nowhere", "does not exist"]),
         (["replay", "inspect", "."], ["replay"]),
         (["replay", "inspect", ".", "--frames", "sheet.gif"], ["sheet.gif", ".png"]),
@@ -93,6 +98,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(arguments, words, tmp_
     ("arguments", "word"),
     [(["trian"], "train"), (["train", "--lerning-rate", "1"], "--learning-rate"), ([], "usage"),
      (["train", "--cell", "lstm"], "block_gru"), (["slots", "--initial", "zero"], "gaussian"),
+     (["compare"], "RUN RUN"), (["compare", "run", "--buy", "env"], "--by"),
      (["replay"], "inspect"), (["replay", "inspct"], "did you mean"),
      (["replay", "inspect"], "PATH")],
 )  # fmt: skip

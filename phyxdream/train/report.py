@@ -98,11 +98,9 @@ def write_report(
     ]
     body = [_section("", lambda: _header(run, columns, rows, starts))]
     body += [_section(title, make) for title, make in sections]
-    page = _PAGE.format(title=html.escape(_title(run)), style=_STYLE, body="\n".join(part for part in body if part))
+    files[run.report.name] = page(_title(run), body)
     try:
-        for name, data in files.items():
-            _replace(run.path / name, data)
-        _replace(run.report, page.encode("utf-8"))
+        write_files(run.path, files)
     except OSError as e:
         raise PhyxdreamError(f"could not write the report to {run.path}: {e.strerror or e}") from e
     return run.report
@@ -121,13 +119,13 @@ def curve_figure(columns: Mapping[str, np.ndarray], evaluations: Sequence[Mappin
     if not np.isfinite(value).any() and not any("step" in row for row, _ in summaries):
         return None
     longest = float(np.nanmax(seconds)) if np.isfinite(seconds).any() else 0.0
-    scale, unit = (3600, "hours") if longest > 2 * 3600 else (60, "minutes") if longest > 120 else (1, "seconds")
+    scale, unit = time_unit(longest)
     panels = []
     for label, key, x, divisor in (
         ("environment steps", "step", step, 1),
         (f"wall-clock {unit}", "time", seconds, scale),
     ):
-        points = [(row[key] / divisor, s) for row, s in summaries if _is_number(row.get(key))]
+        points = [(row[key] / divisor, s) for row, s in summaries if is_number(row.get(key))]
         if points or np.isfinite(x).any():
             panels.append((label, x / divisor, points))
     figure = Figure(figsize=(9.6, 3.3), layout="constrained")
@@ -151,7 +149,7 @@ def summarise(row: Mapping[str, Any]) -> dict[str, float] | None:
             "mean": float(returns.mean()), "std": float(returns.std()), "min": float(returns.min()),
             "max": float(returns.max()), "episodes": returns.size,
         }  # fmt: skip
-    if not _is_number(row.get("mean")):
+    if not is_number(row.get("mean")):
         return None
     return {key: float(row.get(key, math.nan)) for key in ("mean", "std", "min", "max", "episodes")}
 
@@ -160,12 +158,12 @@ def evaluation_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The evaluations as an HTML table, newest last; a sentence when there is none."""
     summaries = [(row, summary) for row in rows if (summary := summarise(row))]
     if not summaries:
-        return _sentence("This run has not been evaluated yet.")
+        return sentence("This run has not been evaluated yet.")
     names = ("mean", "std", "min", "max", "episodes")
     head = "".join(f"<th>{name}</th>" for name in ("steps", *names, "seed"))
     lines = []
     for row, summary in summaries:
-        cells = [_count(row.get("step")), *(_score(summary[n]) for n in names[:-1]), _count(summary["episodes"])]
+        cells = [count(row.get("step")), *(_score(summary[n]) for n in names[:-1]), count(summary["episodes"])]
         cells.append(html.escape(str(row.get("seed", "–"))))
         lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     return f'<div class="scroll"><table class="figures"><tr>{head}</tr>{"".join(lines)}</table></div>'
@@ -174,11 +172,17 @@ def evaluation_table(rows: Sequence[Mapping[str, Any]]) -> str:
 # Pieces of the page
 
 
+def page(title: str, body: Iterable[str]) -> bytes:
+    """A whole HTML page in the look of the report; `body` is its HTML, part by part."""
+    text = _PAGE.format(title=html.escape(title), style=_STYLE, body="\n".join(part for part in body if part))
+    return text.encode("utf-8")
+
+
 def _section(title: str, make: Callable[[], str]) -> str:
     try:
         content = make()
     except Exception as e:  # A report of what is there beats none: the part that fails says so.
-        content = _sentence(f"This part could not be drawn: {type(e).__name__}: {e}")
+        content = sentence(f"This part could not be drawn: {type(e).__name__}: {e}")
     if not content:
         return ""
     return f"<section><h2>{html.escape(title)}</h2>{content}</section>" if title else content
@@ -192,10 +196,11 @@ def _attempt(read: Callable[[], list[Any]], otherwise: list[Any]) -> list[Any]:
 
 
 def _title(run: Run) -> str:
-    return f"{_env(run)} · {run.config.get('preset') or 'phyxdream'}"
+    return f"{env_name(run)} · {run.config.get('preset') or 'phyxdream'}"
 
 
-def _env(run: Run) -> str:
+def env_name(run: Run) -> str:
+    """The environment of a run with its backend, "envpool:Catch-v0"; the directory's name if it has none."""
     env, backend = str(run.config.get("env") or run.path.name), run.config.get("env_backend")
     return f"{backend}:{env}" if backend and ":" not in env else env
 
@@ -207,20 +212,18 @@ def _header(
     big, note = "–", "not evaluated yet"
     if summary:
         big = _score(summary["mean"])
-        note = f"± {_score(summary['std'])} over {_count(summary['episodes'])} episodes"
+        note = f"± {_score(summary['std'])} over {count(summary['episodes'])} episodes"
         note += f" · {_score(summary['min'])} to {_score(summary['max'])}"
     hero = f'<div class="hero"><div class="label">evaluation return</div><div class="big">{big}</div>'
     hero += f'<div class="label">{note}</div></div>'
     last = starts[-1] if starts else {}
-    gpu = last.get("gpu") or []
-    hardware = ", ".join(gpu) if gpu else str(last.get("cpu") or "unknown")
-    machine = f"{_count(last.get('cores'))} CPU cores" + ("" if gpu else ", no GPU")
+    hardware, cores = machine(last)
     seconds = _last(columns, "time")
     tiles = [
-        ("environment steps", _count(_last(columns, "step")), _of_total(run)),
-        ("updates", _count(_last(columns, "updates")), ""),
+        ("environment steps", count(_last(columns, "step")), _of_total(run)),
+        ("updates", count(_last(columns, "updates")), ""),
         ("wall time", clock(seconds) if seconds is not None else "–", ""),
-        ("hardware", html.escape(hardware), html.escape(machine)),
+        ("hardware", html.escape(hardware), html.escape(cores)),
     ]
     boxes = "".join(
         f'<div class="tile"><div class="label">{label}</div><div class="{"name" if label == "hardware" else "value"}">'
@@ -237,13 +240,20 @@ def _header(
         )
         if part
     )
-    name = html.escape(_env(run))
+    name = html.escape(env_name(run))
     return f'<header><h1>{name}</h1><p class="label">{line}</p></header><div class="top">{hero}{boxes}</div>'
+
+
+def machine(start: Mapping[str, Any]) -> tuple[str, str]:
+    """What a start of a run (`Run.versions`) ran on: GPUs or else the CPU, and the number of cores."""
+    gpu = start.get("gpu") or []
+    cores = f"{count(start.get('cores'))} CPU cores" + ("" if gpu else ", no GPU")
+    return ", ".join(gpu) if gpu else str(start.get("cpu") or "unknown"), cores
 
 
 def _of_total(run: Run) -> str:
     total = run.config.get("total_steps")
-    return f"of {_count(total)}" if _is_number(total) else ""
+    return f"of {count(total)}" if is_number(total) else ""
 
 
 def _learning_curve(
@@ -251,30 +261,30 @@ def _learning_curve(
 ) -> str:
     figure = curve_figure(columns, rows)
     if figure is None:
-        return _sentence("No episode has ended yet, so there is no learning curve.")
+        return sentence("No episode has ended yet, so there is no learning curve.")
     files["learning_curve.png"] = figure_png(figure)
-    return f"<figure>{_svg(figure)}</figure>"
+    return f"<figure>{svg(figure)}</figure>"
 
 
 def _video_section(video: Mapping[str, Any] | None, files: dict[str, bytes]) -> str:
     if video is None:
-        return _sentence("There is no video prediction: none was made, or the model does not see pictures.")
+        return sentence("There is no video prediction: none was made, or the model does not see pictures.")
     try:
         prediction = _prediction(video)
     except (KeyError, TypeError, ValueError) as e:
-        return _sentence(f"The video prediction cannot be shown: {e}")
+        return sentence(f"The video prediction cannot be shown: {e}")
     files["open_loop.gif"] = animation = _gif(prediction)
     files["open_loop.png"] = strip = png(_strip(prediction))
     frames, context = len(prediction.truth), prediction.context
-    shown = _plural(min(context, frames), "picture")
+    shown = plural(min(context, frames), "picture")
     swatch = '<span class="swatch" style="background:rgb{}"></span>'
     caption = (
         f"{swatch.format(SEEN)}the model is shown the first {shown} · "
         f"{swatch.format(IMAGINED)}from then on it imagines, given the actions alone "
-        f"({_plural(max(0, frames - context), 'step')})"
+        f"({plural(max(0, frames - context), 'step')})"
     )
     moving = f'<figure class="screen">{_image(animation, "gif", "open-loop prediction, animated")}</figure>'
-    chart = f"<figure>{_svg(_horizon_figure(prediction))}</figure>" if 0 < context < frames else ""
+    chart = f"<figure>{svg(_horizon_figure(prediction))}</figure>" if 0 < context < frames else ""
     still = f'<figure class="scroll">{_image(strip, "png", "open-loop prediction, frame by frame")}</figure>'
     return f'<div class="beside">{moving}<div><p>{caption}</p>{chart}</div></div>{still}'
 
@@ -282,7 +292,7 @@ def _video_section(video: Mapping[str, Any] | None, files: dict[str, bytes]) -> 
 def _extra(panel: Panel) -> str:
     content = panel.content
     if isinstance(content, Figure):
-        body = f"<figure>{_svg(content)}</figure>"
+        body = f"<figure>{svg(content)}</figure>"
     elif isinstance(content, str):
         body = f"<p>{html.escape(content)}</p>"
     elif isinstance(content, Mapping):
@@ -304,7 +314,7 @@ def _extra(panel: Panel) -> str:
 
 def _grid(columns: Mapping[str, np.ndarray], group: str, empty: str) -> str:
     names = [name for name in columns if name.startswith(group)]
-    return _panels(columns, names, group) if names else _sentence(empty)
+    return _panels(columns, names, group) if names else sentence(empty)
 
 
 def _throughput(columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -325,7 +335,7 @@ def _others(columns: Mapping[str, np.ndarray]) -> str:
     names = [n for n in columns if n not in own and not n.startswith("loss/")]
     if not names:
         return ""
-    return f"<details><summary>{_plural(len(names), 'signal')}</summary>{_panels(columns, names, '')}</details>"
+    return f"<details><summary>{plural(len(names), 'signal')}</summary>{_panels(columns, names, '')}</details>"
 
 
 def _panels(columns: Mapping[str, np.ndarray], names: Sequence[str], group: str) -> str:
@@ -335,7 +345,7 @@ def _panels(columns: Mapping[str, np.ndarray], names: Sequence[str], group: str)
         last = values[np.isfinite(values)][-1:]
         label = f"<figcaption><b>{html.escape(name.removeprefix(group).replace('_', ' '))}</b>"
         label += f"<span>{_short(float(last[0]))}</span></figcaption>" if len(last) else "</figcaption>"
-        drawing = _svg(_panel_figure(columns["step"], values)) if len(last) else _sentence("No finite value.")
+        drawing = svg(_panel_figure(columns["step"], values)) if len(last) else sentence("No finite value.")
         panels.append(f"<figure>{label}{drawing}</figure>")
     return f'<div class="panels">{"".join(panels)}</div>'
 
@@ -391,7 +401,12 @@ def figure_png(figure: Figure, dpi: int = 160) -> bytes:
     return buffer.getvalue()
 
 
-def _svg(figure: Figure) -> str:
+def time_unit(longest: float) -> tuple[int, str]:
+    """Seconds per unit, and its name, for an axis that goes up to `longest` seconds."""
+    return (3600, "hours") if longest > 2 * 3600 else (60, "minutes") if longest > 120 else (1, "seconds")
+
+
+def svg(figure: Figure) -> str:
     """A figure as inline SVG that takes its colours and font from the page."""
     buffer = io.StringIO()
     # fonttype "none" keeps text as text; the salt makes ids, so that the same run gives the same report.
@@ -674,15 +689,18 @@ def _image(data: bytes, kind: str, label: str) -> str:
 # Numbers and words
 
 
-def _sentence(text: str) -> str:
+def sentence(text: str) -> str:
+    """A paragraph in the colour of what is missing."""
     return f'<p class="none">{html.escape(text)}</p>'
 
 
-def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+def plural(number: int, noun: str) -> str:
+    """`1 seed`, `1,234 seeds`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether `value` is a finite int or float."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -692,8 +710,9 @@ def _last(columns: Mapping[str, np.ndarray], name: str) -> float | None:
     return float(values[-1]) if len(values) else None
 
 
-def _count(value: Any) -> str:
-    return f"{int(value):,}" if _is_number(value) else "–"
+def count(value: Any) -> str:
+    """An integer with its thousands apart; a dash for what is none."""
+    return f"{int(value):,}" if is_number(value) else "–"
 
 
 def _short(value: float) -> str:
@@ -713,14 +732,22 @@ def _tick(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Replace the files of `folder` that `files` names: none of them unless there is room for all, and never a part.
+
+    Raises:
+        OSError: what is there stays, and nothing else is left behind.
+    """
+    temporary = {name: folder / f".{name}.tmp" for name in files}
     try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
+        for name, data in files.items():
+            temporary[name].write_bytes(data)
+        for name, path in temporary.items():
+            os.replace(path, folder / name)
     except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        for path in temporary.values():
+            with contextlib.suppress(OSError):
+                path.unlink()
         raise
 
 
