@@ -15,10 +15,13 @@ the one that runs this.
   one takes its place, and a warning says so once.
 - Unity draws random numbers from the seed it gets when it starts, so another seed starts the build anew. Whether the
   same seed and actions give the same observations is up to the scene.
+- The editor is one environment at a time, for trying a scene out: training, which evaluates beside its own environments
+  and so needs several, is done with a build.
+- mlagents_envs listens on every network interface and asks nobody for a password.
 
-Tested: with mlagents-envs 1.1.0 (Python 3.11) and 0.28.0 (Python 3.8) and its gRPC protocol, on Linux, against a client
-of the tests that plays the build. Not tested: a build made by Unity, the editor, macOS. Windows cannot: its pipes and
-process groups are others.
+Tested: mlagents-envs 1.1.0 (Python 3.11 to 3.13) and 0.28.0 (Python 3.8) with their gRPC protocol, on Linux, against a
+client of the tests that plays the build. Not tested: a build made by Unity, the editor, macOS. Windows is refused: what
+passes between the processes, and what ends them, is POSIX.
 """
 
 from __future__ import annotations
@@ -51,7 +54,7 @@ Array = NDArray[Any]
 
 PYTHON = "PHYXDREAM_UNITY_PYTHON"
 INSTALL = (
-    "python3.11 -m venv unity && unity/bin/pip install numpy pillow pyyaml grpcio protobuf==3.20.3 && "
+    "python3 -m venv unity && unity/bin/pip install numpy pillow pyyaml grpcio setuptools protobuf==3.20.3 && "
     "unity/bin/pip install --no-deps --ignore-requires-python mlagents-envs==1.1.0 && "
     f"export {PYTHON}=$PWD/unity/bin/python"
 )
@@ -152,14 +155,17 @@ class Instance:
             MissingDependency: if mlagents_envs cannot be imported.
         """
         try:
-            if not self._connection.poll(max(0.0, deadline - time.monotonic())):
-                raise EnvError(f"{self._title}: {LATE[expected]}{self._printed()}")
-            header, arrays = unity_worker.unpack(self._connection.recv_bytes())
+            in_time = self._connection.poll(max(0.0, deadline - time.monotonic()))
+            message = self._connection.recv_bytes() if in_time else b""
         except (EOFError, OSError):
             printed = self._printed()
             if "No module named" in printed:
                 raise self._missing(printed) from None
             raise EnvError(f"{self._title}: its process ended{printed}") from None
+        if not in_time:
+            raise EnvError(f"{self._title}: {LATE[expected]}{self._printed()}")
+        try:
+            header, arrays = unity_worker.unpack(message)
         except ValueError as error:
             raise EnvError(f"{self._title}: {error}") from error
         if header["is"] == "missing":
@@ -402,8 +408,8 @@ def reserve_ports(number: int, base: int | None) -> list[int]:
             for port in free:
                 if not _is_free(port):
                     raise EnvError(
-                        f"port {port} is in use, perhaps by a build that still runs; close it, or choose another "
-                        "base_port"
+                        f"port {port} is in use, perhaps by an environment that is still open; close it, or choose "
+                        "another base_port"
                     )
         _ports.update(free)
         return free

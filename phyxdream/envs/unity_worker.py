@@ -203,6 +203,7 @@ class Worker:
 
     def run(self) -> None:
         """Serve until told to close."""
+        os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # it would only complain of the build being started
         try:
             import mlagents_envs.environment  # beside a foreign protobuf, importing fails in many ways
         except Exception as error:
