@@ -134,7 +134,7 @@ def test_a_truncated_checkpoint_is_refused(tmp_path, capsys):
 def test_info_names_backends_and_reasons(capsys):
     assert main(["info"]) == 0
     output = capsys.readouterr().out
-    for word in ("phyxdream", "torch", "reference", "cpu", "triton", "gym"):
+    for word in ("phyxdream", "torch", "reference", "cpu", "triton", "gym", "unity"):
         assert word in output
 
 

@@ -46,7 +46,8 @@ def make(
     """Make `num_envs` environments of one kind.
 
     Args:
-        id: `envpool:<id>`, `gym:<id>`, `dmc:<domain>_<task>` or `robotics:<id>`.
+        id: `envpool:<id>`, `gym:<id>`, `dmc:<domain>_<task>`, `robotics:<id>`, `unity:<path of a build>` or
+            `unity:editor`.
         num_envs: how many run in lockstep.
         seed: the same seed and the same actions give the same observations.
         action_repeat: every action is applied that many times and the rewards are summed, up to the episode's end.
@@ -60,8 +61,10 @@ def make(
         segmentation: also tell which object every pixel shows, for `phyxdream/Sprites-v0` and for MuJoCo tasks of
             `gym`, `dmc` and `robotics` with `pixels`: `info["segmentation"]`, int32 (N, H, W), 0 for the background.
             It is no observation: whoever compares a model's slots with it asks for it, and agents never see it.
-        backend_kwargs: options of the backend: for `envpool` those of the task and `num_threads`; for the others
-            `vectorization` ("sync", or "async" for a process each) and what the environment's constructor takes.
+        backend_kwargs: options of the backend: for `envpool` those of the task and `num_threads`; for `unity`
+            `behavior`, `base_port`, `time_scale`, `no_graphics`, `timeout` and `args` (see `envs.unity.UnityVector`);
+            for the others `vectorization` ("sync", or "async" for a process each) and what the environment's
+            constructor takes.
 
     Returns:
         A `VectorEnv`, not yet reset.
@@ -99,7 +102,9 @@ def make(
 
         backend = robotics.make(name, num_envs, *arguments)
     else:
-        raise EnvError(f"{id!r}: Unity ML-Agents environments are not available in this version")
+        from phyxdream.envs import unity
+
+        backend = unity.make(name, num_envs, seed, action_repeat, time_limit, camera, backend_kwargs)
     try:
         env = VectorEnv(backend, id, seed, size, segmentation)
         if pixels is not None and pixels != env.has_picture:

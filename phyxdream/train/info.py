@@ -7,6 +7,7 @@ import os
 
 from phyxdream import envs
 from phyxdream.agents.config import PRESETS, SIZES
+from phyxdream.envs import unity
 from phyxdream.errors import PhyxdreamError
 from phyxdream.train.run import environment
 
@@ -56,4 +57,8 @@ def _environments() -> Rows:
             rows.append((backend, f"{len(envs.list_ids(backend))} ids"))
         except PhyxdreamError as error:
             rows.append((backend, f"off: {error}"))
+    try:
+        rows.append(("unity", f"mlagents-envs {unity.version()} of {unity.interpreter()}"))
+    except PhyxdreamError as error:
+        rows.append(("unity", f"off: {error}"))
     return rows

@@ -22,7 +22,7 @@ def test_the_docstring_runs():
         ("gym:", "no known prefix"),
         ("", "no known prefix"),
         (3, "id is 3"),
-        ("unity:game.x86_64", "not available"),
+        ("unity:game.x86_64", "no such build"),
         ("gym:Blackjack-v1", "gym:Blackjack-v1: the observation has the space Tuple"),
     ],
 )
