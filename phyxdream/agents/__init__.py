@@ -2,7 +2,21 @@
 
 from phyxdream.agents.config import PRESETS, SIZES, DreamerConfig, preset
 from phyxdream.agents.dreamer import Carry, DreamerAgent, Update
+from phyxdream.agents.dreamer_v1 import DreamerV1
+from phyxdream.agents.dreamer_v2 import DreamerV2
 from phyxdream.agents.dreamer_v3 import DreamerV3
 from phyxdream.agents.phyxdream import PhyXDreamer
 
-__all__ = ["PRESETS", "SIZES", "Carry", "DreamerAgent", "DreamerConfig", "DreamerV3", "PhyXDreamer", "Update", "preset"]
+__all__ = [
+    "PRESETS",
+    "SIZES",
+    "Carry",
+    "DreamerAgent",
+    "DreamerConfig",
+    "DreamerV1",
+    "DreamerV2",
+    "DreamerV3",
+    "PhyXDreamer",
+    "Update",
+    "preset",
+]

@@ -19,6 +19,8 @@ class DreamerConfig:
     # -- Task
     preset: str = "dreamer_v3"
     """Preset whose values the other options start from."""
+    agent: Literal["dreamer_v1", "dreamer_v2", "dreamer_v3"] = "dreamer_v3"
+    """Whose losses, behaviour and optimiser: a file of phyxdream/agents each."""
     env_backend: Literal["envpool", "gym", "dmc", "robotics", "unity_mlagents"] = "envpool"
     """Where `env` is looked up when it carries no "backend:" prefix."""
     env: str = "Catch-v0"
@@ -168,17 +170,34 @@ class DreamerConfig:
     td_lambda: float = 0.95
     entropy_coeff: float = 3e-4
     actor_dist: Literal["categorical", "bounded_normal", "tanh_normal"] | None = None
-    """None: categorical for discrete actions, bounded_normal for continuous ones."""
+    """None: categorical for discrete actions; for continuous ones bounded_normal, of V1 tanh_normal."""
+    actor_gradient: Literal["reinforce", "dynamics", "both"] | None = None
+    """How V2's actor learns (None: reinforce for discrete actions, dynamics for continuous ones)."""
+    actor_mix: float = 0.1
+    """Share of reinforce in `both`."""
+    exploration_noise: float = 0.0
+    """Of V1 and V2: standard deviation of what is added to continuous actions, share of discrete ones drawn anew."""
     return_norm_rate: float = 0.01
     """Rate of the moving 5th and 95th return percentiles that scale advantages."""
     slow_critic_rate: float = 0.02
+    slow_critic_every: int = 100
+    """Updates between copies of V2's critic to its slow one."""
     slow_critic_coeff: float = 1.0
     """Weight of the critic's regression towards its own moving average."""
     replay_critic_coeff: float = 0.3
     """Weight of the critic's loss on replayed trajectories."""
 
-    # -- Optimiser (LaProp after adaptive gradient clipping)
+    # -- Optimiser (V3: LaProp after adaptive gradient clipping; V1 and V2: Adam after clipping of norms)
     learning_rate: float = 4e-5
+    """Of everything in V3, of the world model in V1 and V2."""
+    actor_learning_rate: float | None = None
+    """Of V1 and V2 (None: as the world model's)."""
+    critic_learning_rate: float | None = None
+    """Of V1 and V2 (None: as the world model's)."""
+    grad_clip: float = 100.0
+    """Largest norm of the gradients of world model, actor and critic each, of V1 and V2."""
+    weight_decay: float = 0.0
+    """Share that matrices lose at each update of V1 and V2."""
     agc: float = 0.3
     """Largest gradient norm, as a share of each weight's norm."""
     beta1: float = 0.9
@@ -232,7 +251,7 @@ class DreamerConfig:
             imagine_last=2, entropy_coeff=0, slow_critic_coeff=0, replay_critic_coeff=0, adam_eps=0, warmup=0, seed=0,
             slots=1, slot_size=1, slot_iterations=1, slot_depth=1, slot_layers=1, slot_stride=1, slot_decoder_size=1,
             slot_decoder_layers=1, slot_patch=1, slot_message_size=0, slot_coeff=0,
-            l1_coeff=0,
+            l1_coeff=0, exploration_noise=0, slow_critic_every=1, weight_decay=0,
         )  # fmt: skip
         kinds = {f.name: str(f.type) for f in fields(self)}
         for name, low in at_least.items():
@@ -241,11 +260,11 @@ class DreamerConfig:
             if not fits and not (value is None and "None" in kinds[name]):
                 raise ConfigError(f"{name}: expected {'an' if kind == 'integer' else 'a'} {kind} of at least {low}, "
                                   f"got {value!r}")  # fmt: skip
-        for name in ("train_ratio", "learning_rate", "agc"):
+        for name in ("train_ratio", "learning_rate", "agc", "actor_learning_rate", "critic_learning_rate", "grad_clip"):
             value = getattr(self, name)
-            if not (_is_number(value) and value > 0):
+            if not (_is_number(value) and value > 0) and not (value is None and "None" in kinds[name]):
                 raise ConfigError(f"{name}: expected a positive number, got {value!r}")
-        for name in ("discount", "td_lambda", "slow_critic_rate"):
+        for name in ("discount", "td_lambda", "slow_critic_rate", "actor_mix"):
             value = getattr(self, name)
             if not (_is_number(value) and 0 <= value <= 1):
                 raise ConfigError(f"{name}: expected a number in [0, 1], got {value!r}")
@@ -260,6 +279,7 @@ class DreamerConfig:
             cell=("gru", "layernorm_gru", "block_gru"), initial=("zeros", "learned"), norm=("rms", "layer", "none"),
             act=("silu", "elu", "relu", "gelu"), replay_selector=("uniform", "recency", "prioritized", "curious"),
             actor_dist=(None, "categorical", "bounded_normal", "tanh_normal"),
+            agent=("dreamer_v1", "dreamer_v2", "dreamer_v3"), actor_gradient=(None, "reinforce", "dynamics", "both"),
             slot_mode=(None, "embed", "per_slot"), slot_initial=("learned", "gaussian"),
         )  # fmt: skip
         for name, known in choices.items():
@@ -281,6 +301,8 @@ class DreamerConfig:
             )
         if self.slot_message_size % SLOT_HEADS:
             raise ConfigError(f"slot_message_size: expected a multiple of {SLOT_HEADS}, got {self.slot_message_size}")
+        if self.slot_mode and self.agent != "dreamer_v3":
+            raise ConfigError(f"slot_mode: needs agent 'dreamer_v3', got {self.agent!r}")
         if self.slot_predictor and not self.slot_recurrent:
             raise ConfigError("slot_predictor: needs slot_recurrent, got True without it")
         if self.slot_predictor and self.slot_size % SLOT_HEADS:
@@ -327,8 +349,34 @@ _HAND: dict[str, Any] = dict(
     deter_size=1024, batch_length=32, learning_rate=1e-4, discount=0.99, replay_capacity=200_000,
 )  # fmt: skip
 
+# The literature's settings, with what a CPU can do in the place of pictures of 64x64.
+_V1: dict[str, Any] = dict(
+    agent="dreamer_v1", env="CartpoleBalance-v1", num_envs=1, action_repeat=2, total_steps=100_000,
+    cell="gru", deter_size=200, hidden_size=200, stoch_size=30, classes=0, unimix=0.0, embed_size=1024,
+    units=400, depth=32, depth_mults=(1, 2, 4, 8), act="elu", norm="none", encoder_layers=3, decoder_layers=3,
+    reward_layers=2, continue_layers=3, critic_layers=3, actor_layers=4,
+    reconstruction_coeff=0.5, continue_coeff=0.0, dynamics_coeff=1.0, representation_coeff=1.0, free_nats=3.0,
+    discount=0.99, entropy_coeff=0.0, exploration_noise=0.3,
+    batch_size=50, batch_length=50, replay_context=0, replay_online=False, prefill=2500, train_ratio=500.0,
+    learning_rate=6e-4, actor_learning_rate=8e-5, critic_learning_rate=8e-5, adam_eps=1e-7,
+)  # fmt: skip
+_V2: dict[str, Any] = _V1 | dict(
+    agent="dreamer_v2", cell="layernorm_gru", stoch_size=32, classes=32, dynamics_coeff=0.8, representation_coeff=0.2,
+    free_nats=1.0, reward_layers=4, continue_layers=4, critic_layers=4, encoder_layers=4, decoder_layers=4,
+    entropy_coeff=1e-4, exploration_noise=0.0, batch_size=16, train_ratio=160.0, learning_rate=3e-4, adam_eps=1e-5,
+    weight_decay=1e-6, prefill=1000,
+)  # fmt: skip
+
 PRESETS: dict[str, dict[str, Any]] = {
     "dreamer_v3": {},
+    "dreamer_v2": _V2,
+    # Discrete actions, episodes that end, rewards of any size.
+    "dreamer_v2_atari": _V2 | dict(
+        env="Pong-v5", num_envs=8, action_repeat=1, deter_size=600, hidden_size=600, kl_loss_coeff=0.1, free_nats=0.0,
+        continue_coeff=5.0, discount=0.999, entropy_coeff=1e-3, learning_rate=2e-4, actor_learning_rate=4e-5,
+        critic_learning_rate=1e-4, prefill=50_000, train_ratio=50.0, total_steps=50_000_000,
+    ),
+    "dreamer_v1": _V1,
     # What bare `phyxdream train` runs: 10x5 pictures, episodes of nine steps, minutes on two CPU cores.
     "catch": dict(
         env="Catch-v0", total_steps=16_000, size="1m", deter_size=128, stoch_size=16, classes=8, batch_size=32,

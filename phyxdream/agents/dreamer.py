@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from phyxdream.agents.config import DreamerConfig
+from phyxdream.agents.dreamer_v1 import DreamerV1
+from phyxdream.agents.dreamer_v2 import DreamerV2
 from phyxdream.agents.dreamer_v3 import DreamerV3
 from phyxdream.agents.graphed import Graphed
 from phyxdream.agents.phyxdream import PhyXDreamer
@@ -27,6 +29,9 @@ FLAGS = ("is_first", "is_last", "is_terminal")
 # Names that replay steps, replayed batches and losses use beside the observations'.
 RESERVED = (*FLAGS, "action", "reward", "deter", "stoch", "slots", "step_id", "probability", "mask", "consecutive",
             "dynamics", "representation", "continue", "actor", "critic", "replay_critic", "total")  # fmt: skip
+
+
+DESIGNS = {"dreamer_v1": DreamerV1, "dreamer_v2": DreamerV2, "dreamer_v3": DreamerV3}
 
 
 @dataclass
@@ -107,9 +112,9 @@ class DreamerAgent:
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    def make_model(self) -> DreamerV3:
+    def make_model(self) -> DreamerV1 | DreamerV3:
         """The learned parts, which another kind of agent makes otherwise."""
-        design = PhyXDreamer if self.config.slot_mode else DreamerV3
+        design = PhyXDreamer if self.config.slot_mode else DESIGNS[self.config.agent]
         return design(self.config, self.shapes, self.action_size, self.discrete)
 
     @property

@@ -1,4 +1,4 @@
-"""DreamerV3's optimiser: adaptive gradient clipping, then LaProp (RMS scaling before momentum)."""
+"""Optimisers: DreamerV3's LaProp after adaptive gradient clipping, and the Adam of V1 and V2 with clipped norms."""
 
 from __future__ import annotations
 
@@ -76,4 +76,69 @@ class LaProp(torch.optim.Optimizer):
             torch._foreach_div_(grads, scale)
             torch._foreach_lerp_(momentum, grads, 1 - beta1)
             torch._foreach_add_(weights, torch._foreach_mul(momentum, rate))
+        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+
+
+class ClippedAdam(torch.optim.Optimizer):
+    """Adam (Kingma & Ba 2015) for groups of weights, each with its own rate and its gradients clipped at a norm.
+
+        g ← g · min(1, clip / ‖g‖)  over all of a group
+        m ← β1·m + (1−β1)·g         v ← β2·v + (1−β2)·g²
+        w ← (1 − decay)·w (matrices) − lr · m / (1−β1^t) / (√(v / (1−β2^t)) + eps)
+
+    Sources: danijar/dreamer, danijar/dreamerv2 (clipping and decay).
+
+    Args:
+        params: groups of parameters with their `lr`.
+        clip: largest norm of the gradients of a group.
+        betas: β1 and β2.
+        eps: added to the RMS.
+        decay: share that matrices lose at each update.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict],
+        lr: float = 6e-4,
+        clip: float = 100.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-5,
+        decay: float = 0.0,
+    ):
+        super().__init__(params, dict(lr=lr, clip=clip, betas=betas, eps=eps, decay=decay, step=0))
+
+    @torch.no_grad()
+    def step(self, closure=None) -> Tensor:
+        """One update; returns the norm of all gradients before clipping, as a 0-d tensor."""
+        if closure is not None:
+            raise ValueError("closure: not supported; compute gradients before step()")
+        norms = []
+        for group in self.param_groups:
+            weights = [p for p in group["params"] if p.grad is not None]
+            # As in LaProp, what changes from update to update is a tensor.
+            t = group["step"] = torch.as_tensor(group["step"], dtype=torch.float64, device=group["params"][0].device)
+            t += 1
+            if not weights:
+                continue
+            for p in weights:
+                if not self.state[p]:
+                    self.state[p]["rms"], self.state[p]["momentum"] = torch.zeros_like(p), torch.zeros_like(p)
+            grads = [p.grad for p in weights]
+            rms = [self.state[p]["rms"] for p in weights]
+            momentum = [self.state[p]["momentum"] for p in weights]
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+            norms.append(norm)
+            grads = torch._foreach_mul(grads, (group["clip"] / norm.clamp(min=1e-30)).clamp(max=1.0))
+            beta1, beta2 = group["betas"]
+            torch._foreach_lerp_(momentum, grads, 1 - beta1)
+            torch._foreach_mul_(rms, beta2)
+            torch._foreach_addcmul_(rms, grads, grads, value=1 - beta2)
+            scale = torch._foreach_mul(rms, (1 / (1 - beta2**t)).to(weights[0].dtype))
+            torch._foreach_sqrt_(scale)
+            torch._foreach_add_(scale, group["eps"])
+            moves = torch._foreach_div(momentum, scale)
+            if group["decay"]:
+                torch._foreach_mul_([p for p in weights if p.dim() > 1], 1 - group["decay"])
+            rate = (-group["lr"] / (1 - beta1**t)).to(weights[0].dtype)
+            torch._foreach_add_(weights, torch._foreach_mul(moves, rate))
         return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())

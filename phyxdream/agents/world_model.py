@@ -60,8 +60,7 @@ class WorldModel(nn.Module):
         self.encoder, self.project, embed_size = self.make_encoder(shapes)
         self.rssm = self.make_rssm(embed_size, action_size)
         self.decoder = self.make_decoder(shapes)
-        self.reward = self.make_head(lambda size: TwoHotHead(size, c.units, c.reward_layers, c.act, c.norm))
-        self.cont = self.make_head(lambda size: BernoulliHead(size, c.units, c.continue_layers, c.act, c.norm))
+        self.reward, self.cont = self.make_reward(), self.make_cont()
 
     # -----------------------------------------------------------------------------------------------------------------
     # Parts, which another design of the latent state makes otherwise.
@@ -98,6 +97,16 @@ class WorldModel(nn.Module):
     def make_head(self, make: Callable[[int], nn.Module]) -> nn.Module:
         """A head that reads features; `make` builds it for features of a given size."""
         return make(self.rssm.feature_size)
+
+    def make_reward(self) -> nn.Module:
+        """Features to a distribution over rewards."""
+        c = self.config
+        return self.make_head(lambda size: TwoHotHead(size, c.units, c.reward_layers, c.act, c.norm))
+
+    def make_cont(self) -> nn.Module:
+        """Features to a distribution whose mean is the discount times the chance to go on."""
+        c = self.config
+        return self.make_head(lambda size: BernoulliHead(size, c.units, c.continue_layers, c.act, c.norm))
 
     # -----------------------------------------------------------------------------------------------------------------
 

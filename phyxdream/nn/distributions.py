@@ -1,6 +1,7 @@
 """The distributions of the family, and the divergences between latent states.
 
-Each has `mode` and `log_prob`, those of actors also `sample(generator)` and `entropy`, those of heads `loss(target)`.
+Each has `mode` and `log_prob`, those of actors also `sample(generator)` and `entropy(generator)`, those of heads
+`loss(target)`.
 The last axis (classes, bins or action dimensions) is the event; everything before it is batch.
 """
 
@@ -92,11 +93,39 @@ class Normal:
     def log_prob(self, x: Tensor) -> Tensor:
         return (-0.5 * ((x - self.mean) / self.std).square() - self.std.log() - LOG_SQRT_2PI).sum(-1)
 
-    def entropy(self) -> Tensor:
+    def entropy(self, generator: torch.Generator | None = None) -> Tensor:
         return (self.std.log() + 0.5 + LOG_SQRT_2PI).sum(-1)
 
     def loss(self, target: Tensor) -> Tensor:
         return -self.log_prob(target)
+
+
+class UnitNormal:
+    """Scalars (...) of unit variance: rewards and values of V1 and V2."""
+
+    def __init__(self, mean: Tensor):
+        self.mean = mean
+
+    @property
+    def mode(self) -> Tensor:
+        return self.mean
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return -self.loss(x) - LOG_SQRT_2PI
+
+    def loss(self, target: Tensor) -> Tensor:
+        """(...): half the squared error, which is −log p but for a constant."""
+        return 0.5 * (self.mean - target).square()
+
+
+class Constant:
+    """A number that nothing is learned about: V1's discount where episodes do not end."""
+
+    def __init__(self, mean: Tensor):
+        self.mean = self.mode = mean
+
+    def loss(self, target: Tensor) -> Tensor:
+        return torch.zeros_like(target)
 
 
 class TanhNormal:
@@ -148,7 +177,7 @@ class OneHotCategorical:
     def log_prob(self, x: Tensor) -> Tensor:
         return (x * self.logp).sum(-1)
 
-    def entropy(self) -> Tensor:
+    def entropy(self, generator: torch.Generator | None = None) -> Tensor:
         return -(self.probs * self.logp).sum(-1)
 
 

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from phyxdream.errors import ConfigError, suggest
-from phyxdream.nn.distributions import Bernoulli, Normal, OneHotCategorical, TanhNormal, TwoHotSymlog, symexp_bins
+from phyxdream.nn.distributions import (
+    Bernoulli,
+    Constant,
+    Normal,
+    OneHotCategorical,
+    TanhNormal,
+    TwoHotSymlog,
+    UnitNormal,
+    symexp_bins,
+)
 from phyxdream.nn.layers import MLP, Dense, linear
 from phyxdream.ops import rssm_cells
 
@@ -58,6 +67,29 @@ class NormalHead(nn.Module):
     def forward(self, feature: Tensor) -> Normal:
         mean = self.out(self.mlp(feature))
         return Normal(mean, torch.ones_like(mean))
+
+
+class ScalarHead(nn.Module):
+    """A scalar of unit variance: rewards and values of V1 and V2. (..., inputs) to UnitNormal (...)."""
+
+    def __init__(self, inputs: int, units: int, layers: int, act: str = "elu", norm: str = "none"):
+        super().__init__()
+        self.mlp = MLP(inputs, units, layers, act, norm)
+        self.out = linear(self.mlp.out_size, 1)
+
+    def forward(self, feature: Tensor) -> UnitNormal:
+        return UnitNormal(self.out(self.mlp(feature)).squeeze(-1))
+
+
+class ConstantHead(nn.Module):
+    """The same number for every feature."""
+
+    def __init__(self, value: float):
+        super().__init__()
+        self.value = value
+
+    def forward(self, feature: Tensor) -> Constant:
+        return Constant(feature.new_full(feature.shape[:-1], self.value))
 
 
 ACTORS = rssm_cells.POLICIES

@@ -92,6 +92,8 @@ BAD = [
         ("replay_context", 1.0), ("replay_context", None), ("replay_prefetch", True),
         ("slots", 0), ("slot_size", 0), ("slot_iterations", 0), ("slot_depth", 0), ("slot_layers", 0),
         ("slot_stride", 0), ("slot_decoder_size", 0), ("slot_decoder_layers", 0), ("slot_patch", 0),
+        ("exploration_noise", -0.1), ("slow_critic_every", 0), ("weight_decay", -1e-6), ("grad_clip", 0.0),
+        ("actor_learning_rate", 0.0), ("critic_learning_rate", -1.0), ("actor_mix", 1.1),
         ("slot_message_size", -1), ("slot_message_size", 6), ("l1_coeff", -0.1), ("slot_coeff", -1),
         ("depth_mults", ()), ("depth_mults", (2, 0)), ("depth_mults", (1.5,)),
     ]),
@@ -102,6 +104,7 @@ BAD = [
     # Names.
     ("size", "13m"), ("env_backend", "openai"), ("cell", "lstm"), ("initial", "ones"), ("norm", "batch"),
     ("act", "swish"), ("actor_dist", "normal"), ("replay_selector", "newest"),
+    ("agent", "dreamer_v4"), ("actor_gradient", "pathwise"),
     ("slot_mode", "slots"), ("slot_initial", "zeros"), ("slot_predictor", True),
 ]  # fmt: skip
 
@@ -121,6 +124,8 @@ def test_every_number_is_checked():
 
 
 def test_combinations():
+    with pytest.raises(ConfigError, match="slot_mode: needs agent 'dreamer_v3', got 'dreamer_v1'"):
+        DreamerConfig(slot_mode="embed", agent="dreamer_v1").resolve()
     with pytest.raises(ConfigError, match=r"deter_size: .*blocks=8.*got 100"):
         DreamerConfig(deter_size=100).resolve()
     DreamerConfig(deter_size=100, cell="gru").resolve()
