@@ -53,7 +53,7 @@ def build(size: Size, direction: str, device: torch.device) -> Call:
     return Call(
         attend,
         (inputs, slots),
-        leaves=(inputs, slots, *model.weights),
+        leaves=(inputs, slots, *(x for x in model.weights if x is not None)),
         work=Work(2 * ITERATIONS * B * K * (of_token * N * D + of_slot * matrices), "FLOP"),
     )
 
