@@ -11,6 +11,7 @@ identity. Transport is torch.distributed: gloo for CPU tensors, NCCL for those o
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -76,17 +77,18 @@ def _joined() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-@contextmanager
-def group(device: torch.device) -> Iterator[None]:
-    """Join the processes that torchrun started, for as long as the block runs.
+def join(device: torch.device) -> None:
+    """Join the processes that torchrun started, until this one ends.
 
     Does nothing in a process on its own, or where torch.distributed is initialised already.
+
+    Args:
+        device: what this process learns on.
 
     Raises:
         ConfigError: the others cannot be found.
     """
     if _joined() or world_size() == 1:
-        yield
         return
     backend = "gloo"
     if device.type == "cuda":
@@ -97,10 +99,8 @@ def group(device: torch.device) -> Iterator[None]:
     except (RuntimeError, ValueError, AttributeError) as e:  # AttributeError: torch was built without
         raise ConfigError(f"RANK and WORLD_SIZE are set, but the group of processes could not be joined ({e}): start "
                           "them with torchrun, or unset both to train alone") from e  # fmt: skip
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    # Not earlier: joining anew could meet processes that have not left yet.
+    atexit.register(lambda: _joined() and dist.destroy_process_group())
 
 
 # ---------------------------------------------------------------------------------------------------------- tensors

@@ -272,13 +272,13 @@ def train(agent: DreamerAgent, resume: bool = False, quiet: bool = False) -> Tra
         failed. The last checkpoint stays valid.
     """
     keep_freed_memory()
-    with distributed.group(agent.device):
-        _agree(agent)
-        session = Session(agent)  # first of all: an environment that cannot be made leaves no run directory behind
-        try:
-            return _train(session, resume, quiet)
-        finally:
-            session.close()
+    distributed.join(agent.device)
+    _agree(agent)
+    session = Session(agent)  # before all else: an environment that cannot be made leaves no run directory behind
+    try:
+        return _train(session, resume, quiet)
+    finally:
+        session.close()
 
 
 def _agree(agent: DreamerAgent) -> None:
