@@ -322,7 +322,7 @@ def _train(session: Session, resume: bool, quiet: bool) -> TrainResult:
                 path = session.save()
                 name = signal.Signals(stop).name
                 progress.print(f"stopped by {name} at step {n.steps}; saved {path}")
-                start = f"torchrun (as before, {together} processes) -m " if together > 1 else ""
+                start = f"torchrun --nproc-per-node {together} -m " if together > 1 else ""
                 progress.print(f"continue with: {start}phyxdream train --resume --logdir {run.path}")
                 return TrainResult(run, n.steps, signal=stop)
             if session.window.updates or session.window.returns:
