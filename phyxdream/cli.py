@@ -171,11 +171,14 @@ def _train(argv: list[str]) -> int:
         default = preset(name or DEFAULT_PRESET)
     options = tyro.cli(Train, args=argv[1:] if named else argv, default=Train(default),
                        prog="phyxdream train [PRESET]")  # fmt: skip
+    from phyxdream import distributed
     from phyxdream.agents import DreamerAgent
 
     result = DreamerAgent(options.config).train(resume=options.resume, quiet=options.quiet)
     if result.signal is not None:
         return 128 + result.signal
+    if not distributed.is_first():
+        return 0
     evaluation = result.evaluation
     print(f"evaluation return: {evaluation.mean:.3f} ± {evaluation.std:.3f} over {len(evaluation.returns)} episodes")
     print(f"report: {result.report}")

@@ -26,6 +26,10 @@ class CheckpointError(PhyxdreamError, RuntimeError):
     """A checkpoint that is missing, truncated, foreign, or could not be written."""
 
 
+class DistributedError(PhyxdreamError, RuntimeError):
+    """The processes that learn together cannot reach each other any more."""
+
+
 class ReplayClosed(PhyxdreamError, RuntimeError):
     """The replay, or its loader, was closed: whoever waited for it may stop."""
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from phyxdream import ops
+from phyxdream import distributed, ops
 from phyxdream.nn.heads import Actor, TwoHotHead
 
 
@@ -26,8 +26,8 @@ class ReturnNormalizer(nn.Module):
 
     @torch.no_grad()
     def forward(self, returns: Tensor) -> Tensor:
-        """Take in returns of any shape; the current scale, 0-d."""
-        found = torch.quantile(returns.flatten(), self.quantiles.to(returns.dtype))
+        """Take in returns of any shape, of all processes that learn together; the current scale, 0-d."""
+        found = torch.quantile(distributed.gather(returns).flatten(), self.quantiles.to(returns.dtype))
         self.percentiles.lerp_(found.float(), self.rate)
         self.weight.lerp_(torch.ones_like(self.weight), self.rate)
         return self.scale

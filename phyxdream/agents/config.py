@@ -26,7 +26,7 @@ class DreamerConfig:
     env: str = "Catch-v0"
     """Environment id, with or without its backend: "Catch-v0" or "envpool:Catch-v0"."""
     num_envs: int = 8
-    """Environments stepped together."""
+    """Environments stepped together; under torchrun, by each process."""
     action_repeat: int = 1
     """Environment steps per action; rewards are summed."""
     time_limit: int | None = None
@@ -40,12 +40,12 @@ class DreamerConfig:
 
     # -- Run
     total_steps: int = 1_000_000
-    """Environment steps, action repeat included."""
+    """Environment steps, action repeat included, of all processes together."""
     seed: int = 0
     device: str = "auto"
-    """"auto" takes a CUDA device when there is one, else the CPU."""
+    """"auto" takes a CUDA device when there is one, else the CPU. Under torchrun every process takes its own GPU."""
     cuda_graph: bool = True
-    """On a CUDA device, record the update once as a CUDA graph and replay it."""
+    """On a CUDA device, record the update once as a CUDA graph and replay it; not under torchrun."""
     logdir: str | None = None
     """Run directory (None: runs/<preset>-<env>-<date>)."""
     log_every: int = 1_000
@@ -60,10 +60,11 @@ class DreamerConfig:
 
     # -- Replay
     replay_capacity: int = 500_000
-    """Steps kept, over all environments."""
+    """Steps kept, over all environments (of one process, as the batches are)."""
     prefill: int = 1_024
     """Actions taken, over all environments, before the first update."""
     batch_size: int = 16
+    """Sequences of an update; under torchrun, of each process: N processes learn from N * batch_size."""
     batch_length: int = 64
     train_ratio: float = 32.0
     """Replayed steps per environment step (after action repeat)."""

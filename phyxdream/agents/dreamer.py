@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from phyxdream import distributed
 from phyxdream.agents.config import DreamerConfig
 from phyxdream.agents.dreamer_v1 import DreamerV1
 from phyxdream.agents.dreamer_v2 import DreamerV2
@@ -104,8 +105,9 @@ class DreamerAgent:
             torch.default_generator.manual_seed(self.config.seed)  # torch.manual_seed would reseed the GPUs as well
             self.model = self.make_model().to(self.device)
         self.optimizer = self.model.make_optimizer()
+        seed = distributed.own_seed(self.config.seed)
         self.generators = {
-            name: torch.Generator(self.device).manual_seed(self.config.seed * 2 + offset)
+            name: torch.Generator(self.device).manual_seed(seed * 2 + offset)
             for offset, name in enumerate(("learn", "act"))
         }
         self._start_updates()
@@ -152,14 +154,18 @@ class DreamerAgent:
         loss = self.model.loss(batch, self.generators["learn"])
         self.optimizer.zero_grad(set_to_none=True)
         loss.total.backward()
+        distributed.average_gradients(self.model.parameters())
         metrics = {**loss.metrics, "grad_norm": self.optimizer.step(), "loss/total": loss.total.detach()}
         self.model.after_update()
         latents = self.model.world_model.pack(loss.post) if self.config.replay_context else {}
         return metrics, latents, loss.model_loss
 
     def _start_updates(self) -> None:
-        """Choose how updates run; again after tensors were replaced, whose addresses a graph has."""
-        graphed = self.device.type == "cuda" and self.config.cuda_graph
+        """Choose how updates run; again after tensors were replaced, whose addresses a graph has.
+
+        Updates in which several processes take part are not recorded.
+        """
+        graphed = self.device.type == "cuda" and self.config.cuda_graph and distributed.world_size() == 1
         learn = self.generators["learn"]
         self._run_update = Graphed(self._update, (learn,), self.device) if graphed else self._update
 
@@ -270,12 +276,18 @@ def _check_spaces(observation: gymnasium.Space, action: gymnasium.Space) -> None
 
 
 def resolve_device(name: str) -> torch.device:
+    """The device that `config.device` asks for; each of several processes on a machine has a GPU of its own."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"device: expected 'auto', 'cpu', 'cuda' or 'cuda:N', got {name!r}") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device: {name!r} was asked for, but no CUDA device is available")
+    if device.type == "cuda" and distributed.world_size() > 1:
+        if device.index is not None:
+            raise ConfigError(f"device: expected 'auto', 'cpu' or 'cuda' with several processes, each of which takes a "
+                              f"GPU of its own, got {name!r}")  # fmt: skip
+        return torch.device("cuda", distributed.own_gpu())
     return device

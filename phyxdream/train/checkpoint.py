@@ -4,6 +4,9 @@ A checkpoint is a directory `checkpoints/step-000012345/` with `<group>.safetens
 `state.json`, the directory `replay` when a replay was given, and `manifest.json` (format, sizes, checksums). It is
 written beside under a temporary name, synced, and renamed when complete, so a directory named `step-*` is always a
 whole checkpoint.
+
+Several processes that learn together write into the same directory: process 0 as above, process r what it has of its
+own as `<group>-r.safetensors` and `replay-r`. Process 0 completes it when all of them are done.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +27,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from phyxdream import distributed
 from phyxdream.errors import CheckpointError
 from phyxdream.train.run import Run
 
@@ -34,6 +38,7 @@ _TEMPORARY = ".tmp-"
 # A second checkpoint of one step gets a revision: replacing a directory is not atomic, adding one is.
 _NAME = re.compile(r"step-(\d{9,})(?:\.(\d+))?")
 _GROUP = re.compile(r"[A-Za-z0-9_]+")
+_TENSORS = re.compile(r"([A-Za-z0-9_]+)(?:-(\d+))?\.safetensors")
 _DTYPES = {
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
     torch.float16, torch.bfloat16, torch.float32, torch.float64,
@@ -79,12 +84,15 @@ def save(
     The checkpoints before it stay until the new one is complete on disk, so there must be room for both. Checkpoints
     of later steps belong to a history this run has left, and are removed too.
 
+    Called by all processes that learn together, each with what it has of its own; process 0 also gives what they have
+    in common.
+
     Args:
         run: the run to save into.
         step: environment steps so far.
         tensors: groups such as "model" and "optimizer", each a flat dict of dense tensors of any shape and layout;
             tensors that share memory are written as if they did not.
-        state: counters, generator states and the like. JSON types with string keys; tuples come back as lists.
+        state: counters and the like; process 0's is saved. JSON types with string keys; tuples come back as lists.
         replay: written with its own `save(path)`.
         keep: how many checkpoints to leave, at least 1.
 
@@ -93,41 +101,71 @@ def save(
         CheckpointError: writing failed (full disk, file size limit, ...); the earlier checkpoints are untouched.
     """
     _check_arguments(step, tensors, state, keep)
-    folder = run.checkpoints
-    name = _next_name(run, step)
-    temporary = folder / f"{_TEMPORARY}{name}"
-    writing = "the directory"
+    draft = _Draft(run, step, distributed.on_first(lambda: _next_name(run, step)))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder)
-        temporary.mkdir()
-        files: dict[str, dict[str, Any]] = {}
+        distributed.on_first(draft.begin)
+        parts = distributed.gather_objects(distributed.together(lambda: draft.write(tensors, state, replay)))
+        files = {name: entry for part in parts for name, entry in part.items()}
+        distributed.on_first(lambda: draft.complete(files, replay is not None))
+    except BaseException:  # also Ctrl-C, or a bug: the half-written checkpoint is gone either way
+        if distributed.is_first():
+            shutil.rmtree(draft.temporary, ignore_errors=True)
+        raise
+    distributed.on_first(lambda: _remove_old(run, draft.path, keep))
+    return draft.path
+
+
+class _Draft:
+    """A checkpoint while it is being written: begun and completed by process 0, written by each."""
+
+    def __init__(self, run: Run, step: int, name: str):
+        self.run, self.step = run, step
+        self.path, self.temporary = run.checkpoints / name, run.checkpoints / f"{_TEMPORARY}{name}"
+
+    def begin(self) -> None:
+        with self._naming("the directory"):
+            self.run.checkpoints.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(self.run.checkpoints)
+            self.temporary.mkdir()
+
+    def write(
+        self, tensors: Mapping[str, Mapping[str, torch.Tensor]], state: dict[str, Any], replay: Savable | None
+    ) -> dict[str, dict[str, Any]]:
+        """Write what this process has; returns its files as the manifest describes them."""
+        rank, files = distributed.rank(), {}
         for group, members in tensors.items():
-            writing = f"{group}.safetensors"
-            save_file(_separate(members), str(temporary / writing))
-            files[writing] = _sync(temporary / writing)
-        writing = "state.json"
-        (temporary / writing).write_text(json.dumps(state, indent=1), encoding="utf-8")
-        files[writing] = _sync(temporary / writing)
+            name = f"{_own(group, rank)}.safetensors"
+            with self._naming(name):
+                save_file(_separate(members), str(self.temporary / name))
+                files[name] = _sync(self.temporary / name)
+        if rank == 0:
+            with self._naming("state.json"):
+                (self.temporary / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+                files["state.json"] = _sync(self.temporary / "state.json")
         if replay is not None:
-            writing = _REPLAY
-            replay.save(str(temporary / writing))
-        writing = "manifest.json"
-        manifest = {"format": FORMAT, "version": VERSION, "step": step, "files": files, "replay": replay is not None}
+            name = _own(_REPLAY, rank)
+            with self._naming(name):
+                replay.save(str(self.temporary / name))
+        return files
+
+    def complete(self, files: dict[str, dict[str, Any]], replay: bool) -> None:
+        manifest = {"format": FORMAT, "version": VERSION, "step": self.step, "files": files, "replay": replay,
+                    "world_size": distributed.world_size()}  # fmt: skip
         manifest["checksum"] = _digest(manifest)
-        (temporary / writing).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        _sync(temporary / writing, checksum=False)
-        _sync_directory(temporary)
-        writing = "the directory"
-        os.rename(temporary, folder / name)
-        _sync_directory(folder)
-    except BaseException as e:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if not isinstance(e, (OSError, SafetensorError, RuntimeError, ValueError)):
-            raise  # Ctrl-C, or a bug: the half-written checkpoint is gone either way.
-        raise CheckpointError(_failure(run, step, writing, e)) from e
-    _remove_old(run, folder / name, keep)
-    return folder / name
+        with self._naming("manifest.json"):
+            (self.temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            _sync(self.temporary / "manifest.json", checksum=False)
+            _sync_directory(self.temporary)
+        with self._naming("the directory"):
+            os.rename(self.temporary, self.path)
+            _sync_directory(self.run.checkpoints)
+
+    @contextlib.contextmanager
+    def _naming(self, writing: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError, RuntimeError, ValueError) as e:
+            raise CheckpointError(_failure(self.run, self.step, writing, e)) from e
 
 
 def available(run: Run) -> list[Path]:
@@ -143,8 +181,12 @@ def latest(run: Run) -> Path | None:
     return (available(run) or [None])[-1]
 
 
-def load(path: str | os.PathLike[str]) -> Checkpoint:
+def load(path: str | os.PathLike[str], rank: int = 0) -> Checkpoint:
     """Read and verify a checkpoint directory. The replay is not read: give `replay_path` to `Replay.load`.
+
+    Args:
+        path: the directory.
+        rank: the process whose own groups and replay to read, of several that wrote it.
 
     Raises:
         CheckpointError: it is missing, truncated, altered, foreign, or of a newer format; the message names the file,
@@ -152,20 +194,24 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     """
     path = Path(path)
     manifest = _read_manifest(path)
-    for name, entry in manifest["files"].items():
-        _verify(path / name, entry)
-    replay_path = path / _REPLAY if manifest.get("replay") else None
+    tensors = {}
+    for group, name in _groups(manifest["files"], rank).items():
+        _verify(path / name, manifest["files"][name])
+        try:
+            tensors[group] = load_file(str(path / name))
+        except (OSError, SafetensorError) as e:
+            raise CheckpointError(f"{path / name} is damaged: expected a safetensors file, but {e}") from e
+    _verify(path / "state.json", manifest["files"]["state.json"])
+    replay_path = path / _own(_REPLAY, rank) if manifest.get("replay") else None
     if replay_path and not replay_path.is_dir():
         raise CheckpointError(f"{replay_path} is missing: expected the directory of a replay")
-    tensors = {}
-    for name in manifest["files"]:
-        if name.endswith(".safetensors"):
-            try:
-                tensors[name.removesuffix(".safetensors")] = load_file(str(path / name))
-            except (OSError, SafetensorError) as e:
-                raise CheckpointError(f"{path / name} is damaged: expected a safetensors file, but {e}") from e
     state = _read_object(path / "state.json")
     return Checkpoint(path, manifest["step"], tensors, state, replay_path)
+
+
+def world_size(path: str | os.PathLike[str]) -> int:
+    """How many processes wrote a checkpoint; raises `CheckpointError` when its manifest cannot be read."""
+    return _read_manifest(Path(path)).get("world_size", 1)
 
 
 def load_latest(run: Run) -> Checkpoint:
@@ -223,6 +269,18 @@ def _check_json(value: Any, where: str) -> None:
             _check_json(item, f"{where}[{i}]")
     elif not isinstance(value, (str, int, float, bool, type(None))):
         raise TypeError(f"{where}: expected a JSON type, got {type(value).__name__}")
+
+
+def _own(name: str, rank: int) -> str:
+    """What process `rank` calls its `name`."""
+    return f"{name}-{rank}" if rank else name
+
+
+def _groups(files: Mapping[str, Any], rank: int) -> dict[str, str]:
+    """The file of every group as process `rank` reads them: its own where it has one, else that of process 0."""
+    found = {m[1]: name for name in files if (m := _TENSORS.fullmatch(name)) and not m[2]}
+    own = {m[1]: name for name in files if (m := _TENSORS.fullmatch(name)) and m[2] == str(rank)}
+    return found | own
 
 
 def _separate(members: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

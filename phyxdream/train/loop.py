@@ -1,4 +1,8 @@
-"""The training loop: act, store, learn; log, checkpoint, evaluate, report; stop and resume without losing a step."""
+"""The training loop: act, store, learn; log, checkpoint, evaluate, report; stop and resume without losing a step.
+
+Several processes (`phyxdream.distributed`) take these steps together. Whatever decides what happens next, counters
+above all, is summed or agreed on first, so that it is the same in all of them. Process 0 logs, evaluates and reports.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from phyxdream import distributed
 from phyxdream.agents import DreamerAgent, DreamerConfig
 from phyxdream.agents.dreamer import Carry
-from phyxdream.errors import CheckpointError
+from phyxdream.errors import CheckpointError, ConfigError
 from phyxdream.nn.rssm import State
 from phyxdream.replay import Curious, Loader, Prioritized, Recency, Replay, Uniform
 from phyxdream.train import checkpoint
@@ -58,8 +63,9 @@ class Window:
     lengths: list[int] = field(default_factory=list)
 
     def add_update(self, metrics: dict[str, Tensor]) -> dict[str, float]:
-        """Take in an update's metrics; returns them as numbers, brought over in one transfer."""
-        values = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
+        """Take in an update's metrics, means over all processes; returns them as numbers, brought over in one
+        transfer."""
+        values = dict(zip(metrics, distributed.mean(torch.stack(list(metrics.values()))).tolist(), strict=True))
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.updates += 1
@@ -80,7 +86,7 @@ class Window:
 @dataclass
 class Counters:
     """Where a run is: environment steps, actions taken, gradient updates, episodes, and the next steps to log and
-    evaluate at."""
+    evaluate at. Steps, actions and episodes are those of all processes together."""
 
     steps: int = 0
     actions: int = 0
@@ -101,9 +107,10 @@ class Session:
         self.counters = Counters(next_log=c.log_every, next_eval=c.eval_every)
         self.window = Window()
         self.carry: Carry | None = None
-        self.replay = Replay(agent.replay_spec, c.replay_capacity, c.num_envs, c.seed, latents=agent.latent_spec,
+        self.seed = distributed.own_seed(c.seed)
+        self.replay = Replay(agent.replay_spec, c.replay_capacity, c.num_envs, self.seed, latents=agent.latent_spec,
                              selector=SELECTORS[c.replay_selector])  # fmt: skip
-        self.driver = Driver(make_env(c), budget=c.resume_replay_seconds)
+        self.driver = Driver(make_env(c, seed=self.seed), budget=c.resume_replay_seconds)
         self.loader = self._make_loader()
 
     def close(self) -> None:
@@ -124,34 +131,23 @@ class Session:
     def save(self) -> Path:
         """Write a checkpoint of this very moment; `CheckpointError` leaves the last one untouched."""
         tensors = self.agent.tensors()
+        if not distributed.is_first():  # the same in all processes but for the random numbers
+            tensors = {"generators": tensors["generators"]}
         tensors["acting"] = _pack_carry(self.carry)
         actions = self.driver.actions
         if actions is not None:
             tensors["acting"]["env_actions"] = torch.from_numpy(_narrow(actions))
-        state = {"counters": asdict(self.counters), "window": asdict(self.window), "env_seconds": self.driver.seconds}
+        seconds = max(distributed.gather_objects(self.driver.seconds))
+        state = {"counters": asdict(self.counters), "window": asdict(self.window), "env_seconds": seconds}
         return checkpoint.save(self.run, self.counters.steps, tensors, state, self.replay)
 
     def restore(self, path: Path) -> str:
         """Go on from a checkpoint; returns a sentence on how the environments were brought back."""
-        found = checkpoint.load(path)
-        if found.replay_path is None:
-            raise CheckpointError(f"{path}: it holds no replay to go on with")
-        replay = Replay.load(found.replay_path)
-        for name in ("spec", "latents", "num_envs", "selector"):
-            stored, own = getattr(replay, name), getattr(self.replay, name)
-            if stored != own:
-                raise CheckpointError(f"{path}: its replay has {name} {stored}, this configuration asks for {own}")
-        acting = dict(found.tensors["acting"])
+        acting, env_seconds = distributed.together(lambda: self._read(path))
         actions = acting.pop("env_actions", None)
-        self.agent.load_tensors(found.tensors)
-        self.loader.close()
-        self.replay.close()
-        self.replay = replay
-        self.loader = self._make_loader()
-        self.counters, self.window = Counters(**found.state["counters"]), Window(**found.state["window"])
         self.carry = _unpack_carry(acting, self.agent.device)
-        seconds = found.state["env_seconds"]
-        if actions is not None and seconds <= self.config.resume_replay_seconds:
+        exactly = actions is not None and env_seconds <= self.config.resume_replay_seconds
+        if all(distributed.gather_objects(exactly)):
             if self.counters.restarts:
                 self._restart_envs()
             self.driver.replay_actions(actions.numpy())
@@ -160,11 +156,34 @@ class Session:
         # before it for the end of the episode that was left.
         self.counters.restarts += 1
         self._restart_envs()
-        return f"environments start new episodes (replaying {seconds:.0f} s of steps exceeds resume_replay_seconds)"
+        return f"environments start new episodes (replaying {env_seconds:.0f} s of steps exceeds resume_replay_seconds)"
+
+    def _read(self, path: Path) -> tuple[dict[str, Tensor], float]:
+        """All of a checkpoint but the environments: how they were acting, and how long they took, is returned."""
+        wrote, now = checkpoint.world_size(path), distributed.world_size()
+        if wrote != now:
+            how = f"start {wrote} processes with torchrun" if wrote > 1 else "start it without torchrun"
+            raise CheckpointError(f"{path} was written by {_processes(wrote)}, each with environments and a replay of "
+                                  f"its own, and {_processes(now)} cannot go on with it: {how}")  # fmt: skip
+        found = checkpoint.load(path, distributed.rank())
+        if found.replay_path is None:
+            raise CheckpointError(f"{path}: it holds no replay to go on with")
+        replay = Replay.load(found.replay_path)
+        for name in ("spec", "latents", "num_envs", "selector"):
+            stored, own = getattr(replay, name), getattr(self.replay, name)
+            if stored != own:
+                raise CheckpointError(f"{path}: its replay has {name} {stored}, this configuration asks for {own}")
+        self.agent.load_tensors(found.tensors)
+        self.loader.close()
+        self.replay.close()
+        self.replay = replay
+        self.loader = self._make_loader()
+        self.counters, self.window = Counters(**found.state["counters"]), Window(**found.state["window"])
+        return dict(found.tensors["acting"]), found.state["env_seconds"]
 
     def _restart_envs(self) -> None:
         self.driver.env.close()
-        seed = self.config.seed + 10_007 * self.counters.restarts
+        seed = self.seed + 10_007 * self.counters.restarts
         self.driver = Driver(make_env(self.config, seed=seed), budget=self.config.resume_replay_seconds)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -176,13 +195,27 @@ class Session:
         # A step enters the replay once the state after it is known; the newest one waits in the driver.
         self.replay.add(row | self.agent.latents(self.carry))
         acted, finished = self.driver.step(action)
+        ready = self.replay.ready(c.batch_size, c.batch_length + c.replay_context)
+        acted, finished, ready = self._everywhere(acted, finished, ready)
         n.actions += acted
         n.steps += acted * c.action_repeat
         n.episodes += len(finished)
         self.window.add_episodes(finished)
-        while n.updates < self.updates_due() and self.replay.ready(c.batch_size, c.batch_length + c.replay_context):
+        while ready and n.updates < self.updates_due():
             self.update()
             n.updates += 1
+
+    def _everywhere(self, acted: int, finished: list[Episode], ready: bool) -> tuple[int, list[Episode], bool]:
+        """The actions and finished episodes of all processes, and whether all of their replays are ready."""
+        if distributed.world_size() == 1:
+            return acted, finished, ready
+        row = torch.zeros(self.config.num_envs + 1, 2, dtype=torch.float64)  # of one size, whatever has happened
+        row[0, 0], row[0, 1] = acted, ready
+        for i, episode in enumerate(finished, 1):
+            row[i, 0], row[i, 1] = episode.episode_return, episode.length
+        rows = distributed.gather(row)
+        episodes = [Episode(r, int(length)) for r, length in rows[:, 1:].flatten(0, 1).tolist() if length]
+        return int(rows[:, 0, 0].sum()), episodes, bool(rows[:, 0, 1].all())
 
     def update(self) -> None:
         """One gradient step on the next batch; what it found out about the replayed steps goes back to the replay."""
@@ -203,18 +236,22 @@ class Session:
 
     def updates_due(self) -> int:
         c = self.config
-        return int(max(0, self.counters.actions - c.prefill) * c.train_ratio / (c.batch_size * c.batch_length))
+        replayed = distributed.world_size() * c.batch_size * c.batch_length
+        return int(max(0, self.counters.actions - c.prefill) * c.train_ratio / replayed)
 
-    def log(self, metrics: Metrics) -> None:
+    def log(self, metrics: Metrics | None) -> None:
         """One row: means over the window."""
         n = self.counters
-        values = self.window.means()
-        metrics.log(n.steps, values, updates=n.updates, episodes=n.episodes)
+        if metrics is not None:
+            metrics.log(n.steps, self.window.means(), updates=n.updates, episodes=n.episodes)
         n.next_log += self.config.log_every * max(1, (n.steps - n.next_log) // self.config.log_every + 1)
         self.window = Window()
 
-    def evaluate(self, elapsed: float) -> Evaluation:
+    def evaluate(self, metrics: Metrics | None) -> Evaluation:
         """Evaluate now and note the result in the run."""
+        return distributed.on_first(lambda: self._evaluate(metrics.elapsed))
+
+    def _evaluate(self, elapsed: float) -> Evaluation:
         c = self.config
         seed = c.seed + EVAL_SEED_OFFSET
         result = evaluate(self.agent, c.eval_episodes, seed)
@@ -226,55 +263,93 @@ class Session:
 def train(agent: DreamerAgent, resume: bool = False, quiet: bool = False) -> TrainResult:
     """Train `agent` to `config.total_steps` in its run directory.
 
-    Ctrl-C and SIGTERM finish the step at hand, write a checkpoint and return; a second Ctrl-C raises at once.
+    Ctrl-C and SIGTERM finish the step at hand, write a checkpoint and return; a second Ctrl-C raises at once. Where
+    torchrun started several processes, all must call this, with the same configuration.
 
     Raises:
         ConfigError: the run directory cannot be used; CheckpointError: nothing to resume from, or a checkpoint could
-        not be read or written; EnvError: an environment broke its contract. The last checkpoint stays valid.
+        not be read or written; EnvError: an environment broke its contract; DistributedError: another process has
+        failed. The last checkpoint stays valid.
     """
-    c = agent.config
     keep_freed_memory()
-    session = Session(agent)  # first of all: an environment that cannot be made leaves no run directory behind
+    distributed.join(agent.device)
+    _agree(agent)
+    session = Session(agent)  # before all else: an environment that cannot be made leaves no run directory behind
     try:
-        run = session.run = Run.create(c.logdir or default_logdir(c), c.to_dict(), resume=resume)
-        with Metrics(run) as metrics, catch_signals() as received:
-            newest = checkpoint.latest(run) if resume else None
-            note = ""
-            if newest is not None:
-                note = session.restore(newest)
-            elif resume:
-                note = "no checkpoint was written yet: starting from the beginning"
-            if resume:
-                metrics.truncate_after(session.counters.steps)
-                run.drop_evaluations_after(session.counters.steps)
-            title = f"train {c.preset} on {c.env_id}"
-            with Progress(c.total_steps, step=session.counters.steps, elapsed=metrics.elapsed, title=title,
-                          mode="silent" if quiet else "auto") as progress:  # fmt: skip
-                progress.print(f"run directory: {run.path}")
-                if note:
-                    progress.print(f"resumed at step {session.counters.steps}: {note}")
-                _loop(session, metrics, progress, received)
-                if received:
-                    path = session.save()
-                    name = signal.Signals(received[0]).name
-                    progress.print(f"stopped by {name} at step {session.counters.steps}; saved {path}")
-                    progress.print(f"continue with: phyxdream train --resume --logdir {run.path}")
-                    return TrainResult(run, session.counters.steps, signal=received[0])
-                if session.window.updates or session.window.returns:
-                    session.log(metrics)
-                session.save()
-                result = session.evaluate(metrics.elapsed)
-                video, panels = open_loop_video(agent, session.replay), slot_panels(agent)
-                report = write_report(run, video=video, extra_panels=panels)
-            return TrainResult(run, session.counters.steps, result, report)
+        return _train(session, resume, quiet)
     finally:
         session.close()
 
 
-def _loop(session: Session, metrics: Metrics, progress: Progress, received: list[int]) -> None:
+def _agree(agent: DreamerAgent) -> None:
+    """All processes must do the same with the same weights; they take those of process 0."""
+    own = agent.config.to_dict()
+    for rank, other in enumerate(distributed.gather_objects(own)):
+        if names := [name for name in own if own[name] != other[name]]:
+            name = names[0]
+            raise ConfigError(f"{name}: expected the same in all processes that learn together, got {own[name]!r} in "
+                              f"process {distributed.rank()} and {other[name]!r} in process {rank}")  # fmt: skip
+    distributed.take_from_first(agent.model.state_dict().values())
+
+
+def _train(session: Session, resume: bool, quiet: bool) -> TrainResult:
+    c, first = session.config, distributed.is_first()
+    logdir = c.logdir or default_logdir(c)
+    run = session.run = distributed.on_first(lambda: Run.create(logdir, c.to_dict(), resume=resume))
+    distributed.together(lambda: _require_shared(run))
+    with Metrics(run) if first else nullcontext() as metrics, catch_signals() as received:
+        newest = checkpoint.latest(run) if resume else None
+        note = ""
+        if newest is not None:
+            note = session.restore(newest)
+        elif resume:
+            note = "no checkpoint was written yet: starting from the beginning"
+        n = session.counters
+        if resume and first:
+            metrics.truncate_after(n.steps)
+            run.drop_evaluations_after(n.steps)
+        title = f"train {c.preset} on {c.env_id}"
+        with Progress(c.total_steps, step=n.steps, elapsed=metrics.elapsed if first else 0.0, title=title,
+                      mode="auto" if first and not quiet else "silent") as progress:  # fmt: skip
+            progress.print(f"run directory: {run.path}")
+            if (together := distributed.world_size()) > 1:
+                graph = ", without cuda_graph" if session.agent.device.type == "cuda" and c.cuda_graph else ""
+                progress.print(f"{together} processes learn together{graph}")
+            if note:
+                progress.print(f"resumed at step {n.steps}: {note}")
+            stop = _loop(session, metrics, progress, received)
+            if stop:
+                path = session.save()
+                name = signal.Signals(stop).name
+                progress.print(f"stopped by {name} at step {n.steps}; saved {path}")
+                start = f"torchrun --nproc-per-node {together} -m " if together > 1 else ""
+                progress.print(f"continue with: {start}phyxdream train --resume --logdir {run.path}")
+                return TrainResult(run, n.steps, signal=stop)
+            if session.window.updates or session.window.returns:
+                session.log(metrics)
+            session.save()
+            result = session.evaluate(metrics)
+            report = distributed.on_first(lambda: _report(session))
+        return TrainResult(run, n.steps, result, report)
+
+
+def _require_shared(run: Run) -> None:
+    if not run.path.is_dir():
+        raise ConfigError(f"process {distributed.rank()} does not see {run.path}: processes on several machines need a "
+                          "--logdir on a file system that all of them share")  # fmt: skip
+
+
+def _report(session: Session) -> Path:
+    video, panels = open_loop_video(session.agent, session.replay), slot_panels(session.agent)
+    return write_report(session.run, video=video, extra_panels=panels)
+
+
+def _loop(session: Session, metrics: Metrics | None, progress: Progress, received: list[int]) -> int:
+    """Train to the end or to a signal, whose number is returned."""
     c, n = session.config, session.counters
     saved = time.monotonic()
-    while n.steps < c.total_steps and not received:
+    stop, _ = _asked(received)
+    while n.steps < c.total_steps and not stop:
         session.step()
         if session.window.returns:
             progress.update(n.steps, updates=n.updates, return_=float(np.mean(session.window.returns[-100:])))
@@ -286,13 +361,23 @@ def _loop(session: Session, metrics: Metrics, progress: Progress, received: list
         if n.steps >= n.next_log:
             session.log(metrics)
         if c.eval_every and n.steps >= n.next_eval:
-            result = session.evaluate(metrics.elapsed)
+            result = session.evaluate(metrics)
             progress.print(f"step {n.steps}: evaluation return {result.mean:.3f} ± {result.std:.3f} "
                            f"over {len(result.returns)} episodes")  # fmt: skip
             n.next_eval += c.eval_every
-        if time.monotonic() - saved >= c.checkpoint_every:
+        stop, save = _asked(received, time.monotonic() - saved >= c.checkpoint_every)
+        if save:
             session.save()
             saved = time.monotonic()
+    return stop
+
+
+def _asked(received: list[int], save: bool = False) -> tuple[int, bool]:
+    """The signal that any process has received, else 0, and whether it is time to save by the clock of process 0."""
+    if distributed.world_size() == 1:
+        return received[0] if received else 0, save
+    asked = distributed.gather(torch.tensor([received[0] if received else 0, save]))
+    return int(asked[:, 0].max()), bool(asked[0, 1])
 
 
 def load_agent(run: Run) -> tuple[DreamerAgent, checkpoint.Checkpoint]:
@@ -328,6 +413,10 @@ def catch_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _processes(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"
 
 
 def _narrow(actions: np.ndarray) -> np.ndarray:

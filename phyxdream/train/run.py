@@ -186,7 +186,7 @@ def environment() -> dict[str, Any]:
     """What this process runs on: versions, hardware, git revisions, command line and the current time."""
     import torch
 
-    from phyxdream import __version__
+    from phyxdream import __version__, distributed
 
     cuda = torch.cuda.is_available()
     return {
@@ -201,6 +201,7 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "processes": distributed.world_size(),
         "gpu": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
         "cuda": torch.version.cuda if cuda else None,
         "git": {"phyxdream": _git(Path(__file__).parent, tracked=Path(__file__).name), "cwd": _git(Path.cwd())},
