@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from phyxdream import distributed
 from phyxdream.agents.config import DreamerConfig
 from phyxdream.agents.dreamer_v3 import Loss
 from phyxdream.agents.lambda_behaviour import frozen, lambda_targets, state_weights
@@ -50,7 +51,7 @@ class WorldModelV1(WorldModel):
     def kl(self, post: State, prior: State, free_nats: float) -> tuple[Tensor, Tensor]:
         """Both halves, each (T, B); where the mean of one is below the free nats, it is these, without gradient."""
         halves = balanced_kl(post, prior, 0.0, self.config.unimix)
-        return tuple(torch.where(half.mean() > free_nats, half, free_nats) for half in halves)
+        return tuple(torch.where(distributed.mean(half.mean()) > free_nats, half, free_nats) for half in halves)
 
 
 class DreamerV1(nn.Module):
