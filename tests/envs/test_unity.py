@@ -380,8 +380,9 @@ def test_close_kills_a_build_that_stays(stub, pids, monkeypatch):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_nothing_outlives_a_process_that_is_ended(build, pids, number):
     write, gone = pids
-    code = (
-        "import sys, time; from phyxdream import envs; "
+    code = (  # a shell that runs tests in the background has SIGINT ignored
+        "import signal, sys, time; from phyxdream import envs; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
         f"env = envs.make({build!r}, num_envs=2, args={write!r}, timeout=30); env.reset(); print('up', flush=True); "
         "time.sleep(600)"
     )
@@ -399,10 +400,14 @@ def test_an_interrupt_while_waiting_leaves_nothing_behind(stub, pids, monkeypatc
     env = envs.make(stub, num_envs=1, args=("--hang-at", "2", *write), timeout=30)
     env.reset()
     main = threading.main_thread().ident
-    threading.Timer(0.5, signal.pthread_kill, [main, signal.SIGINT]).start()
-    with pytest.raises(KeyboardInterrupt):
-        for _ in range(3):
-            env.step(still(env))
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Timer(0.5, signal.pthread_kill, [main, signal.SIGINT]).start()
+        with pytest.raises(KeyboardInterrupt):
+            for _ in range(3):
+                env.step(still(env))
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert gone()
     env.close()
 
