@@ -48,12 +48,8 @@ class LaProp(torch.optim.Optimizer):
             weights = [p for p in group["params"] if p.grad is not None]
             if not weights:
                 continue
-            for p in weights:
-                if not self.state[p]:
-                    self.state[p]["rms"], self.state[p]["momentum"] = torch.zeros_like(p), torch.zeros_like(p)
             grads = [p.grad for p in weights]
-            rms = [self.state[p]["rms"] for p in weights]
-            momentum = [self.state[p]["momentum"] for p in weights]
+            rms, momentum = _averages(self, weights)
             # What changes from update to update is a tensor: a CUDA graph of an update would keep numbers as they were.
             t = group["step"] = torch.as_tensor(group["step"], dtype=torch.float64, device=weights[0].device)
             t += 1
@@ -120,12 +116,8 @@ class ClippedAdam(torch.optim.Optimizer):
             t += 1
             if not weights:
                 continue
-            for p in weights:
-                if not self.state[p]:
-                    self.state[p]["rms"], self.state[p]["momentum"] = torch.zeros_like(p), torch.zeros_like(p)
             grads = [p.grad for p in weights]
-            rms = [self.state[p]["rms"] for p in weights]
-            momentum = [self.state[p]["momentum"] for p in weights]
+            rms, momentum = _averages(self, weights)
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
             norms.append(norm)
             grads = torch._foreach_mul(grads, (group["clip"] / norm.clamp(min=1e-30)).clamp(max=1.0))
@@ -142,3 +134,11 @@ class ClippedAdam(torch.optim.Optimizer):
             rate = (-group["lr"] / (1 - beta1**t)).to(weights[0].dtype)
             torch._foreach_add_(weights, torch._foreach_mul(moves, rate))
         return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+
+
+def _averages(optimizer: torch.optim.Optimizer, weights: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Running averages of the gradients' squares and of what moves the weights, one each a weight; 0 at first."""
+    for p in weights:
+        if not optimizer.state[p]:
+            optimizer.state[p]["rms"], optimizer.state[p]["momentum"] = torch.zeros_like(p), torch.zeros_like(p)
+    return [optimizer.state[p]["rms"] for p in weights], [optimizer.state[p]["momentum"] for p in weights]
