@@ -7,7 +7,6 @@ and its dtype, such as "rewards:float64", the values as integers of the same siz
 
 from __future__ import annotations
 
-import operator
 import os
 import tempfile
 from collections.abc import Mapping
@@ -40,19 +39,6 @@ def stored_dtype(key: str, dtype: str) -> str:
     if dtype not in _STORED:
         raise TypeError(f"data: the key {key!r} has dtype {dtype}, expected one of {', '.join(sorted(_STORED))}")
     return _STORED[dtype]
-
-
-def integer(name: str, value: Any, low: int = 1) -> int:
-    """`value` as an int of at least `low`."""
-    try:
-        number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None:
-        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}), expected an integer")
-    if number < low:
-        raise ValueError(f"{name}: got {number}, expected {low} or more")
-    return number
 
 
 class Rows:

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from phyxdream.compat.replay_rows import Rows, integer, stored_dtype
+from phyxdream.compat.replay_rows import Rows, stored_dtype
 from phyxdream.errors import suggest
+from phyxdream.replay.buffer import integer
 
 try:  # its checkpoint callback and its resuming ask for this class; without sheeprl nobody asks
     from sheeprl.data.buffers import EnvIndependentReplayBuffer as _Base

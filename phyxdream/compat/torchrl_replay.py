@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from phyxdream.compat.replay_rows import Rows, integer, stored_dtype
+from phyxdream.compat.replay_rows import Rows, stored_dtype
 from phyxdream.errors import MissingDependency, suggest
+from phyxdream.replay.buffer import integer
 
 if TYPE_CHECKING:
     from tensordict import TensorDict

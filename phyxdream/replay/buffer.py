@@ -91,13 +91,13 @@ class Replay:
             if name in spec:
                 raise ValueError(f"latents: the key {name!r} is in spec already")
             normal.append((name, shape, dtype, True))
-        num_envs = _integer("num_envs", num_envs)
+        num_envs = integer("num_envs", num_envs)
         if isinstance(capacity, str):
             capacity = _steps_in(capacity, normal)
-        capacity = _integer("capacity", capacity)
+        capacity = integer("capacity", capacity)
         if capacity < num_envs:
             raise ValueError(f"capacity: got {capacity}, expected at least one step for each of {num_envs} envs")
-        seed = _integer("seed", seed, low=0)
+        seed = integer("seed", seed, low=0)
         if limiter is not None and not isinstance(limiter, Limiter):
             raise TypeError(f"limiter: got {limiter!r}, expected a Limiter or None")
         options = selector_options(selector)
@@ -193,8 +193,8 @@ class Replay:
             ValueError: there is no such sequence.
             TimeoutError, ReplayClosed: while the limiter let it wait.
         """
-        batch_size = _integer("batch_size", batch_size)
-        length = _integer("length", length)
+        batch_size = integer("batch_size", batch_size)
+        length = integer("length", length)
         batch, addresses = self._empty_batch(batch_size, length, probability=self._weighted and cross_episodes)
         with translated_errors():
             options = _C.ReplaySampleOptions(online, cross_episodes, force_is_first)
@@ -211,7 +211,7 @@ class Replay:
         Raises:
             ValueError: no episode is stored whole.
         """
-        batch_size = _integer("batch_size", batch_size)
+        batch_size = integer("batch_size", batch_size)
         with translated_errors():
             drawn = _C.ReplayEpisodes(self._core, batch_size)
         batch, addresses = self._empty_batch(batch_size, drawn.length, mask=True)
@@ -250,9 +250,9 @@ class Replay:
         Raises:
             ValueError, TypeError: an argument that cannot be used. Iterating raises what `sample` raises.
         """
-        batch_size, length = _integer("batch_size", batch_size), _integer("length", length)
-        prefetch, context = _integer("prefetch", prefetch, low=0), _integer("context", context, low=0)
-        threads, consecutive = _integer("threads", threads), _integer("consecutive", consecutive)
+        batch_size, length = integer("batch_size", batch_size), integer("length", length)
+        prefetch, context = integer("prefetch", prefetch, low=0), integer("context", context, low=0)
+        threads, consecutive = integer("threads", threads), integer("consecutive", consecutive)
         try:
             device = torch.device(device)
         except RuntimeError:
@@ -300,7 +300,7 @@ class Replay:
         Raises:
             ValueError: an unknown environment or key, or steps that are not stored.
         """
-        env, first, count = _integer("env", env, 0), _integer("first", first, 0), _integer("count", count, 0)
+        env, first, count = integer("env", env, 0), integer("first", first, 0), integer("count", count, 0)
         if env >= self.num_envs:
             raise ValueError(f"env: got {env}, expected 0 to {self.num_envs - 1}")
         names = list(self._fields)
@@ -440,11 +440,11 @@ class Replay:
 
     def ready(self, batch_size: int, length: int) -> bool:
         """Whether `sample` would return without waiting: some environment has `length` steps, the limiter agrees."""
-        return self._core.ready(_integer("batch_size", batch_size), _integer("length", length))
+        return self._core.ready(integer("batch_size", batch_size), integer("length", length))
 
     def num_sequences(self, length: int) -> int:
         """Number of different sequences of `length` steps."""
-        return self._core.num_sequences(_integer("length", length))
+        return self._core.num_sequences(integer("length", length))
 
     @property
     def num_episodes(self) -> int:
@@ -523,7 +523,7 @@ def _numbers(limiter: Limiter | None) -> tuple[float, int, float, float]:
     return limiter.samples_per_insert, limiter.min_size, lead, timeout
 
 
-def _integer(name: str, value: Any, low: int = 1) -> int:
+def integer(name: str, value: Any, low: int = 1) -> int:
     """`value` as an int in [low, 2**63)."""
     try:
         number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)
@@ -594,7 +594,7 @@ def _normal_spec(argument: str, spec: Spec) -> list[tuple[str, tuple[int, ...], 
             dtype = dtype if dtype == "bfloat16" else np.dtype(dtype).name
         except (TypeError, ValueError):
             raise TypeError(f"{argument}: key {name!r} has {reprlib.repr(entry)}, expected (shape, dtype)") from None
-        normal.append((name, tuple(_integer(f"{argument}: a side of {name!r}", side) for side in sides), dtype))
+        normal.append((name, tuple(integer(f"{argument}: a side of {name!r}", side) for side in sides), dtype))
     return normal
 
 
