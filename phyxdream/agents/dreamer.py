@@ -19,6 +19,7 @@ from phyxdream.agents.dreamer_v1 import DreamerV1
 from phyxdream.agents.dreamer_v2 import DreamerV2
 from phyxdream.agents.dreamer_v3 import DreamerV3
 from phyxdream.agents.graphed import Graphed
+from phyxdream.agents.learner import Learner
 from phyxdream.agents.phyxdream import PhyXDreamer
 from phyxdream.errors import CheckpointError, ConfigError, EnvError
 from phyxdream.nn.rssm import State
@@ -114,7 +115,7 @@ class DreamerAgent:
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    def make_model(self) -> DreamerV1 | DreamerV3:
+    def make_model(self) -> Learner:
         """The learned parts, which another kind of agent makes otherwise."""
         design = PhyXDreamer if self.config.slot_mode else DESIGNS[self.config.agent]
         return design(self.config, self.shapes, self.action_size, self.discrete)

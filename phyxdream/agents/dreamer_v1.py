@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from phyxdream import distributed
 from phyxdream.agents.config import DreamerConfig
-from phyxdream.agents.dreamer_v3 import Loss
 from phyxdream.agents.lambda_behaviour import frozen, lambda_targets, state_weights
+from phyxdream.agents.learner import Learner
 from phyxdream.agents.optimizer import ClippedAdam
 from phyxdream.agents.world_model import Batch, WorldModel
 from phyxdream.nn.distributions import balanced_kl
-from phyxdream.nn.heads import Actor, BernoulliHead, ConstantHead, ScalarHead
+from phyxdream.nn.heads import BernoulliHead, ConstantHead, ScalarHead
 from phyxdream.nn.rssm import State
 
 
@@ -54,21 +54,14 @@ class WorldModelV1(WorldModel):
         return tuple(torch.where(distributed.mean(half.mean()) > free_nats, half, free_nats) for half in halves)
 
 
-class DreamerV1(nn.Module):
-    """The learned parts of the agent and what they are trained on; the arguments are those of `DreamerV3`."""
+class DreamerV1(Learner):
+    """The learned parts of the agent and what they are trained on; the arguments are those of `Learner`."""
 
     continuous_dist = "tanh_normal"
 
     def __init__(self, config: DreamerConfig, shapes: Mapping[str, tuple[int, ...]], action_size: int, discrete: bool):
-        super().__init__()
-        c = self.config = config
-        self.world_model = self.make_world_model(shapes, action_size)
-        make_head = self.world_model.make_head
-        dist = c.actor_dist or ("categorical" if discrete else self.continuous_dist)
-        self.actor = make_head(
-            lambda size: Actor(size, action_size, c.units, c.actor_layers, dist, c.act, c.norm, c.unimix)
-        )
-        self.critic = make_head(self.make_critic)
+        super().__init__(config, shapes, action_size, discrete)
+        self.critic = self.world_model.make_head(self.make_critic)
 
     def make_world_model(self, shapes: Mapping[str, tuple[int, ...]], action_size: int) -> WorldModel:
         """The world model of this agent."""
@@ -88,22 +81,8 @@ class DreamerV1(nn.Module):
         groups = [dict(params=list(module.parameters()), lr=rate) for module, rate in rates]
         return ClippedAdam(groups, clip=c.grad_clip, betas=(c.beta1, c.beta2), eps=c.adam_eps, decay=c.weight_decay)
 
-    def policy(
-        self,
-        observation: Batch,
-        action: Tensor,
-        is_first: Tensor,
-        state: State | None,
-        generator: torch.Generator | None = None,
-        explore: bool = True,
-    ) -> tuple[Tensor, State]:
-        """As `DreamerV3.policy`, with noise added to what is done to explore."""
-        step = {**observation, "action": action, "is_first": is_first}
-        post = self.world_model.filter({name: x[None] for name, x in step.items()}, state, generator)[0]
-        distribution = self.actor(post.feature)
-        if not explore:
-            return distribution.mode, post
-        return self.add_noise(distribution.sample(generator), generator), post
+    def explore(self, distribution: Any, generator: torch.Generator | None) -> Tensor:
+        return self.add_noise(distribution.sample(generator), generator)
 
     def add_noise(self, action: Tensor, generator: torch.Generator | None) -> Tensor:
         """Normal noise on continuous actions, within [−1, 1]; a share of one-hot ones becomes uniform."""
@@ -118,19 +97,10 @@ class DreamerV1(nn.Module):
         replaced = torch.rand(shape, generator=generator, device=device) < amount
         return torch.where(replaced.unsqueeze(-1), nn.functional.one_hot(index, action.shape[-1]).to(action), action)
 
-    def loss(self, batch: Batch, generator: torch.Generator | None = None) -> Loss:
-        """As `DreamerV3.loss`."""
-        c = self.config
-        batch, state = self.world_model.replay_context(batch, generator)
-        out = self.world_model.loss(batch, generator, state)
-        coeff = self.world_model.loss_coeff
-        model_loss = sum(coeff(name) * loss.detach() for name, loss in out.losses.items())
-        losses = {name: coeff(name) * loss.mean() for name, loss in out.losses.items()}
-        last = slice(-c.imagine_last if c.imagine_last else None, None)
-        behaviour, metrics = self.imagine(out.post[last].detach().flatten(), generator)
-        losses |= behaviour
-        metrics |= {f"loss/{name}": loss.detach() for name, loss in losses.items()} | out.metrics
-        return Loss(sum(losses.values()), metrics, out.post.detach(), model_loss)
+    def behaviour(
+        self, post: State, batch: Batch, generator: torch.Generator | None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return self.imagine(post.detach().flatten(), generator)
 
     def imagine(self, start: State, generator: torch.Generator | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Behaviour losses, each 0-d, of imagination from states (N, ...), and metrics."""

@@ -26,7 +26,7 @@ from phyxdream.nn.rssm import State
 
 
 class DreamerV2(DreamerV1):
-    """The learned parts of the agent and what they are trained on; the arguments are those of `DreamerV3`."""
+    """The learned parts of the agent and what they are trained on; the arguments are those of `Learner`."""
 
     continuous_dist = "bounded_normal"  # theirs is truncated at ±1, which the environment does here
 
