@@ -11,7 +11,7 @@ PHYX_INLINE void stoch_gradient(const Scan& s, const Multiply& m, Block& block, 
   for (int64_t j = 0; j < pair; ++j) fill(block[j], nullptr, 0);
   if (t + 1 < s.T) {
     multiply_into(block, m, s.weights->from_stoch, i, s.in[s.stoch_part].grad, 0, g, pair);
-    if (!s.policy.layers.empty())
+    if (s.policy_state)
       multiply_into(block, m, s.weights->policy.stoch, i, s.policy.layers[0].grad, 0, g, pair);
     for (int64_t j = 0; j < pair; ++j) {
       const Vector first = *vectors(s.first_at(t + 1, g + j));

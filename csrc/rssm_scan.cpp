@@ -138,6 +138,7 @@ void set_up(Scan& s, const Arguments& a, const Weights& weights, int64_t groups,
     s.policy.stoch_first = a.address("policy_stoch_first");
     s.tape_rows += s.policy.statistics;
     for (Layer& layer : s.policy.layers) layer.act = static_cast<Act>(a.size("policy_act"));
+    s.policy_state = a.size("detach_feature") == 0;
   }
   s.keeps_tape = s.tape != nullptr;
   if (s.keeps_tape) {
@@ -404,7 +405,7 @@ void walk_back(Scan& s, int threads) {
     if (!closed) continue;
     run(Phase::kActBack, t, 1);
     run.layers_back(s.policy, Phase::kPolicyBack, Phase::kLeavePolicyBack, t);
-    run(Phase::kPolicyDeterBack, t, count(s.deter_tiles));
+    if (s.policy_state) run(Phase::kPolicyDeterBack, t, count(s.deter_tiles));
   }
   for (int64_t g = 0; g < s.groups; ++g)
     to_rows(s.grad_deter_first + s.sequence(g) * s.D, s.D, s.used(g), s.carry.at(g, 0), static_cast<int>(s.D));

@@ -81,6 +81,7 @@ class Head(NamedTuple):
     unimix: Any = None
     min_std: Any = None
     max_std: Any = None
+    detach: Any = None  # whether it reads the state as a constant
     LANES: Any = None  # the power of two from A
 
 
@@ -876,7 +877,7 @@ def _stoch_gradient(acc, w, l, g, s, policy, t, T, row, B, sequence, exists, col
             acc, g, s, l.stoch, tiles, g.in_rows, s.in_row, 0, 0, s.U, row + B, B, sequence, exists, w.in_stoch,
             k_stride, column, inside, n_stride,
         )  # fmt: skip
-        if policy is not None:
+        if policy is not None and not policy.detach:
             weight = policy.stoch if s.classes > 0 else policy.weights[0] + s.D
             size: tl.constexpr = policy.layers[0].size
             acc = _product_of_all_gradient(
@@ -968,7 +969,7 @@ def update_back(w, l, g, s, prior, policy, t, T, tile, B, i):
         acc, g, s, prior.layers[0], g.prior_rows[0], row, B, sequence, exists, prior.weights[0], s.head_row, column,
         inside, 1,
     )  # fmt: skip
-    if policy is not None:  # which acted on this state at the next step  # noqa: SIM102
+    if policy is not None and not policy.detach:  # which acted on this state at the next step  # noqa: SIM102
         if t + 1 < T:
             width: tl.constexpr = s.D + s.stoch * (s.classes if s.classes > 0 else 1)
             acc = _product_of_all_gradient(

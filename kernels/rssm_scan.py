@@ -306,6 +306,7 @@ def policy_constants(options: PolicyOptions, actions: int) -> dict[str, tl.const
     return {
         "dist": dists[options.dist],
         **{k: tl.constexpr(x) for k, x in numbers.items()},
+        "detach": tl.constexpr(options.detach_feature),
         "LANES": tl.constexpr(lanes),
     }
 

@@ -1,8 +1,8 @@
 """DreamerV1: a Gaussian world model, and an actor that learns by gradients through its dynamics.
 
     world model   GRU, Gaussian latents; pictures, reward (and continuation) of unit variance; max(3, mean KL(q‖p))
-    actor         max Σ weight · λ-target, differentiated through the imagined states and actions; tanh-normal, or
-                  one-hot with straight-through gradients
+    actor         max Σ weight · λ-target, differentiated through the imagined states and actions, but not through what
+                  the actor itself reads; tanh-normal, or one-hot with straight-through gradients
     critic        ½ (v − sg target)², weighted alike
     exploration   noise added to actions
     optimisers    Adam, one learning rate each, gradients clipped at a norm of 100
@@ -106,7 +106,9 @@ class DreamerV1(Learner):
         """Behaviour losses, each 0-d, of imagination from states (N, ...), and metrics."""
         c = self.config
         with frozen(self.world_model, self.critic):
-            trajectory = self.world_model.rssm.imagine_policy(self.actor, start, c.imagine_horizon, generator=generator)
+            trajectory = self.world_model.rssm.imagine_policy(
+                self.actor, start, c.imagine_horizon, generator=generator, detach_feature=True
+            )
             feature = trajectory.state.feature[1:]  # the start is not the actor's doing
             reward, discount = self.world_model.reward(feature).mean, self.world_model.cont(feature).mean
             targets = lambda_targets(reward, self.critic(feature).mean, discount, c.td_lambda)

@@ -41,7 +41,9 @@ class DreamerV2(DreamerV1):
         """Behaviour losses, each 0-d, of imagination from states (N, ...), and metrics."""
         c = self.config
         with frozen(self.world_model), torch.set_grad_enabled(self.mix < 1):
-            trajectory = self.world_model.rssm.imagine_policy(self.actor, start, c.imagine_horizon, generator=generator)
+            trajectory = self.world_model.rssm.imagine_policy(
+                self.actor, start, c.imagine_horizon, generator=generator, detach_feature=True
+            )
             feature, action = trajectory.state.feature, trajectory.action
             reward, discount = self.world_model.reward(feature).mean, self.world_model.cont(feature).mean
             targets = lambda_targets(reward, self.slow_critic(feature).mean, discount, c.td_lambda)

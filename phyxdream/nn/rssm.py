@@ -437,6 +437,7 @@ class RSSM(nn.Module):
         horizon: int,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
+        detach_feature: bool = False,
     ) -> Trajectory:
         """Closed loop: `horizon` steps from `state` (B, ...) under a policy.
 
@@ -447,6 +448,8 @@ class RSSM(nn.Module):
             horizon: number H of steps.
             noise: what `draw_noise(H, B)` returns; None draws it from `generator`.
             generator: also of an actor's noise, `Actor.draw_noise(H, B)`, drawn after that of the states.
+            detach_feature: the policy reads the states as constants, as DreamerV1 and V2 have it; gradients pass
+                through its actions alone.
 
         Raises:
             ValueError: for a shape that does not fit or no steps, TypeError for what is no tensor.
@@ -463,13 +466,14 @@ class RSSM(nn.Module):
                 policy.draw_noise(horizon, B, generator=generator), state.deter, state.stoch, noise,
                 self.cell.weights(), head_weights(*self.prior), head_weights(policy.mlp, policy.out),
                 dist=policy.dist, **self.cell.options.keywords, policy_act=policy.act, policy_unimix=policy.unimix,
-                policy_min_std=policy.min_std, policy_max_std=policy.max_std,
+                policy_min_std=policy.min_std, policy_max_std=policy.max_std, detach_feature=detach_feature,
             )  # fmt: skip
             start = replace(state, slots=None).map(lambda x: x.unsqueeze(0))
             return Trajectory(State.cat([start, self._state(*future)]), action)
         states, actions = [replace(state, slots=None)], []
         for t in range(horizon):
-            actions.append(policy(states[-1].feature))
+            feature = states[-1].feature
+            actions.append(policy(feature.detach() if detach_feature else feature))
             self._check(actions[-1], "action", (B, self.action_size))
             deter = self.cell(states[-1].deter, states[-1].stoch.flatten(1), self.cell.embed_action(actions[-1]))
             states.append(self._sample(deter, self.prior(deter), self._race(noise[t])))

@@ -123,6 +123,7 @@ def rssm_imagine_policy(
     policy_unimix: float = 0.01,
     policy_min_std: float = 0.1,
     policy_max_std: float = 1.0,
+    detach_feature: bool = False,
 ) -> tuple[Tensor, ...]:
     """Prior states that follow a state under a policy that acts on each of them, differentiable once in every tensor
     but the two kinds of noise: through the dynamics, the actions and the samples.
@@ -136,6 +137,8 @@ def rssm_imagine_policy(
         policy_act: activation of the policy's layers; None is that of all others.
         policy_unimix: share in [0, 1) of the uniform distribution in categorical actions.
         policy_min_std, policy_max_std: bounds of the standard deviation of `bounded_normal`.
+        detach_feature: the policy reads [h, z] as constants, so that gradients pass from an action to the state it led
+            to, and not through what later actions make of that state: what DreamerV1, V2 and most of their ports do.
 
     All other arguments are those of `rssm_imagine`.
 
@@ -163,7 +166,7 @@ def rssm_imagine_policy(
     args = _prepare(
         action_noise, deter, stoch, noise, cell, prior, policy, dist=dist, act=act, unimix=unimix, min_std=min_std,
         rms_eps=rms_eps, layer_eps=layer_eps, gumbel=gumbel, policy_act=policy_act, policy_unimix=policy_unimix,
-        policy_min_std=policy_min_std, policy_max_std=policy_max_std,
+        policy_min_std=policy_min_std, policy_max_std=policy_max_std, detach_feature=detach_feature,
     )  # fmt: skip
     output = _closed_loop(*args)
     return *_results(output, noise, min_std), output[3]
@@ -187,7 +190,7 @@ _INPUTS = ", ".join(
     + ["str cell", "int prior_layers", "int policy_layers", "str dist", "str act", "str policy_act"]
     + [f"float {name}" for name in ("unimix", "min_std", "rms_eps", "layer_eps")]
     + [f"float {name}" for name in ("policy_unimix", "policy_min_std", "policy_max_std")]
-    + ["bool gumbel", "bool cumulative", "bool keep_tape"]
+    + ["bool detach_feature", "bool gumbel", "bool cumulative", "bool keep_tape"]
 )
 # Beside the results, what the backward needs: the tape (floats, laid out by whoever wrote it) and the sampled classes.
 _OUTPUTS = ("deter_out", "stoch_out", "statistics", "action_out", "tape", "index")
@@ -202,6 +205,7 @@ _BACKWARD_SCHEMA = (
 def _prepare(
     action, deter, stoch, noise, cell, prior, policy=None, *, dist="", act=None, unimix=0.01, min_std=0.1, rms_eps=1e-4,
     layer_eps=1e-3, gumbel=False, policy_act=None, policy_unimix=0.01, policy_min_std=0.1, policy_max_std=1.0,
+    detach_feature=False,
 ) -> tuple:  # fmt: skip
     """The checked arguments of the schema; `action` is its noise if there is a policy."""
     closed = bool(dist) or policy is not None
@@ -248,19 +252,22 @@ def _prepare(
     )  # fmt: skip
     check_numbers(numbers)
     check_flag("gumbel", gumbel)
+    check_flag("detach_feature", detach_feature)
     if gumbel and cumulative:
         raise ValueError(f"noise: gumbel needs it for every class, {tuple(noise.shape)}, got {tuple(noise.shape[:3])}")
     keep_tape = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in flat)
     counts = (layers[0], layers[1] if closed else 0)
     weights = [x for x in flat[_TENSORS:] if x is not None]
     given = "".join("01"[x is not None] for x in flat[_TENSORS:])
-    options = (name, *counts, dist, act, policy_act, *map(float, numbers.values()), gumbel, cumulative, keep_tape)
+    flags = (detach_feature, gumbel, cumulative, keep_tape)
+    options = (name, *counts, dist, act, policy_act, *map(float, numbers.values()), *flags)
     return *flat[:_TENSORS], weights, given, *options
 
 
 def _split(args) -> tuple[CellWeights, HeadWeights, HeadWeights | None, Options, PolicyOptions | None]:
     """What follows the four tensors of the schema, as it was given."""
-    weights, given, name, prior_layers, policy_layers, dist, act, policy_act, *numbers, gumbel, cumulative, _ = args
+    weights, given, name, prior_layers, policy_layers, dist, act, policy_act, *numbers = args
+    *numbers, detach_feature, gumbel, cumulative, _ = numbers
     rest = iter(weights)
     weights = [next(rest) if x == "1" else None for x in given]
     kind = CELLS[name]
@@ -272,7 +279,8 @@ def _split(args) -> tuple[CellWeights, HeadWeights, HeadWeights | None, Options,
         weights = weights[4 * count + 2 :]
         if not policy_layers:
             return cell, heads[0], None, Options(act, *numbers[:4], gumbel, cumulative), None
-    return cell, *heads, Options(act, *numbers[:4], gumbel, cumulative), PolicyOptions(dist, policy_act, *numbers[4:])
+    policy_options = PolicyOptions(dist, policy_act, *numbers[4:], detach_feature)
+    return cell, *heads, Options(act, *numbers[:4], gumbel, cumulative), policy_options
 
 
 def _reference(*args):
@@ -294,9 +302,10 @@ def _scan(action, deter, stoch, noise, *rest):
         if policy is None:
             drawn, embedded_action = (), embedded[t]
         else:
-            statistics = rssm_cells.head(
-                policy, torch.cat([deter, stoch], -1), options._replace(act=policy_options.act)
-            )
+            feature = torch.cat([deter, stoch], -1)
+            if policy_options.detach_feature:
+                feature = feature.detach()
+            statistics = rssm_cells.head(policy, feature, options._replace(act=policy_options.act))
             drawn = (_draw_action(statistics, draw[t], policy_options),)
             embedded_action = rssm_cells.embed_action(cell, drawn[0], options)
         deter = rssm_cells.step(cell, deter, stoch, embedded_action, options)

@@ -22,6 +22,7 @@ class PolicyOptions(NamedTuple):
     unimix: float
     min_std: float
     max_std: float
+    detach_feature: bool
 
 
 def tape_size(
@@ -99,6 +100,7 @@ def _common(outputs, tensors, cell, prior, policy, options, policy_options):
             "policy_unimix": policy_options.unimix,
             "policy_min_std": policy_options.min_std,
             "policy_max_std": policy_options.max_std,
+            "detach_feature": policy_options.detach_feature,
         }
     return arguments
 
@@ -179,7 +181,7 @@ def backward(
             grad_action /= action.abs().clamp_(min=1)
     if wanted[2]:
         grad_stoch = product(cell_back.stoch_grad[:B], cell.in_stoch.t())
-        if policy is not None:
+        if policy is not None and not policy_options.detach_feature:
             product(policy_back.grads[0][:B], policy.layers[0].weight[:, D:].t(), out=grad_stoch, add=True)
         grad_stoch = grad_stoch.view(stoch.shape)
     flat = [grad_action, grad_deter if wanted[1] else None, grad_stoch, None]

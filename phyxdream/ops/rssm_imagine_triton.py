@@ -167,7 +167,8 @@ def _backward(grads, outputs, tensors, cell, prior, policy, options, policy_opti
         grad_deter = memory.carry.to(dtype)
     if wanted[2]:
         grad_stoch = back.stoch_grad[:B].to(dtype) @ cell.in_stoch
-    if policy is not None and (wanted[1] or wanted[2]):  # it acted on the state before the first step
+    acted_on = policy is not None and not policy_options.detach_feature
+    if acted_on and (wanted[1] or wanted[2]):  # it acted on the state before the first step
         acted = back.left["policy0"].grad[:B].to(dtype) @ policy.layers[0].weight
         of_deter, of_stoch = acted.split([D, stoch[0].numel()], 1)
         grad_deter = None if grad_deter is None else grad_deter + of_deter

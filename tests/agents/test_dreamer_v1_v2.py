@@ -84,7 +84,7 @@ class Policy(nn.Module):
 class Line(nn.Module):
     """Dynamics h' = h + a with z = 0: features are [h, 0]."""
 
-    def imagine_policy(self, policy, start, horizon, generator=None):
+    def imagine_policy(self, policy, start, horizon, generator=None, detach_feature=False):
         h, states, actions = start.deter, [start.deter], []
         for _ in range(horizon):
             a = policy.a.expand(len(h), 1)

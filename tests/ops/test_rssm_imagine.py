@@ -217,6 +217,27 @@ def test_gradients_cross_steps_through_actions_and_classes(loop):
         assert grad.abs().max() > 0, wanted
 
 
+@pytest.mark.parametrize("backend", ["reference", cpu])
+@pytest.mark.parametrize("latent", LATENTS)
+@pytest.mark.parametrize("loop", POLICIES)
+def test_a_policy_that_detaches_passes_the_start_no_gradient(loop, latent, backend):
+    """What is left is the gradient under the same actions; and the policy still learns."""
+    case = Case("gru", LATENTS[latent], loop, dtype=torch.float32)
+    start = {k: case.tensors[k].clone().requires_grad_() for k in ("deter", "stoch")}
+    weight = case.weights["policy.0.weight"].clone().requires_grad_()
+    with ops.use_backend(backend):
+        *states, action = case.call(start | {"policy.0.weight": weight}, detach_feature=True)
+        args, _ = case.arguments(start)
+        expected = ops.rssm_imagine(action.detach(), *args[1:6])
+    of_states = lambda xs: sum((x * (i + 1)).square().sum() for i, x in enumerate(xs[:2]))  # noqa: E731
+    *found, learned = torch.autograd.grad(of_states(states), [*start.values(), weight])
+    for x, y in zip(found, torch.autograd.grad(of_states(expected), list(start.values())), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5 * y.abs().max().item())
+    assert learned.abs().max() > 0
+    (kept,) = torch.autograd.grad(of_states(case.call(start)), start["deter"])
+    assert not torch.allclose(kept, found[0], rtol=1e-2)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # C++ against the reference.
 
@@ -266,6 +287,7 @@ def test_cpu_takes_every_norm_and_these_activations(kind, norm, act, policy_act)
         ("open", dict(gumbel=True, unimix=0.0)),
         ("bounded_normal", dict(policy_min_std=0.3, policy_max_std=2.5)),
         ("tanh_normal", dict(rms_eps=0.1, layer_eps=0.2)),
+        *((loop, dict(detach_feature=True)) for loop in POLICIES),
     ],
     ids=str,
 )
@@ -445,6 +467,10 @@ def check_shapes_in_the_interpreter():
     assert_same(triton_run(case, "tile", gumbel=True), case.run("reference", gumbel=True))
     case.noise = case.noise[..., 0].contiguous()
     assert_same(triton_run(case, "split"), case.run("reference"))
+    options = dict(detach_feature=True)
+    for latent, shape in (((3, 4), "tile"), ((5,), "split")):
+        case = Case("layernorm_gru", latent, "tanh_normal", H=3, dtype=torch.float32)
+        assert_same(triton_run(case, shape, **options), case.run("reference", **options))
 
 
 def check_what_else_triton_takes_in_the_interpreter():
