@@ -1,6 +1,6 @@
 """What the agents have in common: a world model, a way to act on its states, and a loss made of all that is learned.
 
-`ActorLearner` acts by a policy that it learns (DreamerV1, V2, V3).
+`ActorLearner` acts by a policy that it learns (DreamerV1, V2, V3), `PlannerLearner` by planning (PlaNet).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from phyxdream.agents.config import DreamerConfig
+from phyxdream.agents.planner import Planner
 from phyxdream.agents.world_model import Batch, WorldModel
 from phyxdream.nn.heads import Actor
 from phyxdream.nn.rssm import State
@@ -133,3 +134,34 @@ class ActorLearner(Learner):
     def explore(self, distribution: Any, generator: torch.Generator | None) -> Tensor:
         """An action (B, A) to learn from."""
         return distribution.sample(generator)
+
+
+class PlannerLearner(Learner):
+    """`Learner` that plans, and learns nothing but the world model. The arguments are the same.
+
+    Until the first update there is nothing to plan with: actions to learn from are drawn at random, as in PlaNet's seed
+    episodes, for as long as `prefill` says.
+    """
+
+    def __init__(self, config: DreamerConfig, shapes: Mapping[str, tuple[int, ...]], action_size: int, discrete: bool):
+        super().__init__(config, shapes, action_size, discrete)
+        c = config
+        self.planner = Planner(
+            action_size, discrete, c.plan_horizon, c.plan_candidates, c.plan_iterations, c.plan_elites
+        )
+        self.register_buffer("learned", torch.zeros((), dtype=torch.bool))
+
+    def act(self, post: State, generator: torch.Generator | None, explore: bool) -> Tensor:
+        if explore and not self.learned:
+            return self.planner.random_action(post, generator)
+        action = self.planner(self.world_model, post, generator)
+        return self.add_noise(action, generator) if explore else action
+
+    def behaviour(
+        self, post: State, batch: Batch, generator: torch.Generator | None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return {}, {}
+
+    def after_update(self) -> None:
+        """What follows each optimiser step: from the first on, there is something to plan with."""
+        self.learned.fill_(True)
