@@ -208,13 +208,13 @@ class DreamerConfig:
 
     # -- Optimiser (V3: LaProp after adaptive gradient clipping; V1 and V2: Adam after clipping of norms)
     learning_rate: float = 4e-5
-    """Of everything in V3, of the world model in V1 and V2."""
+    """Of everything in V3, of the world model in V1, V2 and PlaNet."""
     actor_learning_rate: float | None = None
     """Of V1 and V2 (None: as the world model's)."""
     critic_learning_rate: float | None = None
     """Of V1 and V2 (None: as the world model's)."""
     grad_clip: float = 100.0
-    """Largest norm of the gradients of world model, actor and critic each, of V1 and V2."""
+    """Largest norm of the gradients of world model, actor and critic each, of V1, V2 and PlaNet."""
     weight_decay: float = 0.0
     """Share that matrices lose at each update of V1 and V2."""
     agc: float = 0.3
@@ -371,13 +371,15 @@ SIZES = {
 
 # Slots on moving sprites, sized for two CPU cores; `--slot-mode per_slot` for a state of each slot. There is nothing to
 # learn until slots have found the disc, which takes many gradient steps on pictures that differ: short sequences from
-# many episodes.
+# many episodes. The plans and the noise are those of `--behaviour planner`: half the longest way is far enough ahead
+# where every step pays.
 _PHYXDREAM: dict[str, Any] = dict(
     env_backend="gym", env="phyxdream/Sprites-v0", total_steps=12_000, size="1m", slot_mode="embed", slots=4,
     slot_iterations=2, slot_stride=4, slot_layers=2, slot_patch=8, slot_coeff=5.0, reconstruction_coeff=5.0,
     deter_size=128, stoch_size=16, classes=8, batch_length=4, train_ratio=32.0, imagine_horizon=10,
     learning_rate=2e-3, warmup=100, actor_layers=2, critic_layers=2, discount=0.95, entropy_coeff=3e-3,
     log_every=400, eval_episodes=50, replay_capacity=100_000,
+    plan_horizon=6, plan_candidates=64, plan_iterations=4, plan_elites=8, exploration_noise=0.3,
 )  # fmt: skip
 # A hand in pictures: sized for a GPU, though a CPU runs it too.
 _HAND: dict[str, Any] = dict(
