@@ -147,7 +147,7 @@ class PlannerLearner(Learner):
         super().__init__(config, shapes, action_size, discrete)
         c = config
         self.planner = Planner(
-            action_size, discrete, c.plan_horizon, c.plan_candidates, c.plan_iterations, c.plan_elites
+            action_size, discrete, c.plan_horizon, c.plan_candidates, c.plan_iterations, c.plan_elites, c.plan_noise
         )
         self.register_buffer("learned", torch.zeros((), dtype=torch.bool))
 

@@ -6,6 +6,10 @@
                refit the belief to the K sequences of the highest score
     act        mean of the first action, or the most likely one
 
+Imagined states are samples. PlaNet draws noise of its own for every candidate. With noise common to all candidates of
+an environment, drawn anew at every iteration, their scores differ by their actions alone (common random numbers), and
+there is N times less of it to draw.
+
 A reward counts as far as the episode still runs when it is earned; that of the state an episode ends in does count.
 `c` has the discount in it, as everywhere here; where continuation is not learned and the discount is 1, as in PlaNet,
 the score is the plain sum of rewards.
@@ -28,7 +32,7 @@ from phyxdream.nn.rssm import State
 
 
 class Imagines(Protocol):
-    """What a planner needs of a world model: `rssm.imagine`, and heads whose distributions have a mean."""
+    """What a planner needs of a world model: `rssm.imagine`, its noise, and heads whose distributions have a mean."""
 
     rssm: nn.Module
     reward: nn.Module
@@ -107,6 +111,7 @@ class Planner:
         candidates: plans drawn for each environment at an iteration.
         iterations: how often the belief is refitted.
         elites: of how many candidates.
+        noise: of imagined states, `own` of every candidate or `common` to all of an environment.
     """
 
     action_size: int
@@ -115,6 +120,7 @@ class Planner:
     candidates: int = 1000
     iterations: int = 10
     elites: int = 100
+    noise: str = "own"
 
     @torch.no_grad()
     def __call__(self, world_model: Imagines, state: State, generator: torch.Generator | None = None) -> Tensor:
@@ -124,7 +130,8 @@ class Planner:
         belief = self.start(state)
         for _ in range(self.iterations):
             action = belief.sample(self.candidates, generator)
-            score = self.score(world_model, starts, action.flatten(1, 2), generator)
+            noise = self.draw_noise(world_model, state, generator)
+            score = self.score(world_model, starts, action.flatten(1, 2), noise)
             belief = self.refit(belief, action, score.view(-1, self.candidates))
         return belief.best
 
@@ -133,11 +140,16 @@ class Planner:
         kind = CategoricalBelief if self.discrete else NormalBelief
         return kind.start((self.horizon, state.deter.shape[0], self.action_size), state.deter)
 
-    def score(
-        self, world_model: Imagines, state: State, action: Tensor, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def draw_noise(self, world_model: Imagines, state: State, generator: torch.Generator | None) -> Tensor:
+        """Noise (H, B·N, ...) of the states imagined from states (B, ...)."""
+        B, draw = state.deter.shape[0], world_model.rssm.draw_noise
+        if self.noise == "own":
+            return draw(self.horizon, B * self.candidates, generator=generator)
+        return draw(self.horizon, B, generator=generator).repeat_interleave(self.candidates, 1)
+
+    def score(self, world_model: Imagines, state: State, action: Tensor, noise: Tensor) -> Tensor:
         """What actions (H, M, A) are expected to earn from states (M, ...): (M,)."""
-        feature = world_model.rssm.imagine(action, state, generator=generator).feature
+        feature = world_model.rssm.imagine(action, state, noise).feature
         reward, cont = world_model.reward(feature).mean, world_model.cont(feature).mean
         return (state_weights(cont) * reward).sum(0)
 

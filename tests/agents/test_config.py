@@ -106,7 +106,7 @@ BAD = [
     # Names.
     ("size", "13m"), ("env_backend", "openai"), ("cell", "lstm"), ("initial", "ones"), ("norm", "batch"),
     ("act", "swish"), ("actor_dist", "normal"), ("replay_selector", "newest"),
-    ("agent", "dreamer_v4"), ("actor_gradient", "pathwise"), ("behaviour", "policy"),
+    ("agent", "dreamer_v4"), ("actor_gradient", "pathwise"), ("behaviour", "policy"), ("plan_noise", "none"),
     ("slot_mode", "slots"), ("slot_initial", "zeros"), ("slot_predictor", True),
 ]  # fmt: skip
 

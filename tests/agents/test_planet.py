@@ -205,7 +205,7 @@ def test_seed_episodes_are_random(actions):
 V3 = dict(
     agent="dreamer_v3", behaviour="planner", size="1m", cell="block_gru", blocks=4, classes=4, act="silu", norm="rms",
     replay_context=1, slots=2, slot_size=8, slot_depth=4, slot_layers=1, slot_decoder_size=8, slot_message_size=8,
-    image_bits=8, continue_coeff=1.0, discount=0.95,
+    image_bits=8, continue_coeff=1.0, discount=0.95, plan_noise="common",
 )  # fmt: skip
 AGENTS = {
     "planet": dict(),

@@ -22,8 +22,11 @@ class Line(nn.Module):
         self.rssm, self.calls = self, []
         self.reward, self.cont = (lambda f: UnitNormal(reward(f[..., 0]))), (lambda f: UnitNormal(cont(f[..., 0])))
 
-    def imagine(self, action, state, generator=None):
-        self.calls.append((action, state))
+    def draw_noise(self, *leading, generator=None):
+        return torch.rand(*leading, 1, generator=generator)
+
+    def imagine(self, action, state, noise=None):
+        self.calls.append((action, state, noise))
         move = action if action.shape[-1] == 1 else action @ torch.tensor([[-1.0], [0.0], [1.0]])
         deter = state.deter + move.cumsum(0)
         return State(deter, torch.zeros_like(deter))
@@ -73,7 +76,7 @@ def test_score_by_hand():
     planner = Planner(action_size=1, discrete=False)
     action = torch.tensor([0.5, -1.0, 2.0]).view(3, 1, 1)
     score = [
-        planner.score(Line(lambda h: h, cont), at(1.0), action).item()
+        planner.score(Line(lambda h: h, cont), at(1.0), action, torch.zeros(3, 1, 1)).item()
         for cont in (torch.ones_like, lambda h: torch.full_like(h, 0.5), lambda h: h - 0.5)
     ]
     # The sum; 1.5 + 0.5·0.5 + 0.25·2.5; and with continuation 1 after 1.5, none after 0.5, whose own reward counts.
@@ -168,10 +171,24 @@ def test_one_call_an_iteration_for_all_candidates_of_all():
     world = Line(lambda h: h)
     planner(world, at(1.0, 2.0), generator())
     assert len(world.calls) == 3
-    for action, state in world.calls:
+    for action, state, noise in world.calls:
         assert action.shape == (5, 14, 1)
         assert state.deter.flatten().tolist() == [1.0] * 7 + [2.0] * 7
+        assert noise.shape == (5, 14, 1)
     assert world.calls[0][1] is world.calls[2][1]  # candidates start there at every iteration: repeated once
+
+
+@pytest.mark.parametrize(("kind", "different"), [("own", 14), ("common", 2)])
+def test_noise_of_candidates(kind, different):
+    """Seven candidates of two environments: their own, or one of each environment; never that of another iteration."""
+    planner = Planner(1, False, horizon=5, candidates=7, iterations=3, elites=2, noise=kind)
+    world = Line(lambda h: h)
+    planner(world, at(1.0, 2.0), generator())
+    drawn = torch.stack([noise for *_, noise in world.calls])
+    for step in drawn.flatten(0, 1):
+        assert len(step.unique()) == different
+        assert kind == "own" or (len(step[:7].unique()) == len(step[7:].unique()) == 1)
+    assert len(drawn.unique()) == 3 * 5 * different
 
 
 TINY = dict(
@@ -185,21 +202,23 @@ TINY = dict(
     "options",
     [
         dict(), dict(cell="gru", classes=0), dict(slot_mode="embed", slot_initial="gaussian"),
-        dict(slot_mode="per_slot"), dict(slot_mode="per_slot", slot_message_size=0, slot_recurrent=True),
+        dict(slot_mode="per_slot"),
+        dict(slot_mode="per_slot", slot_message_size=0, slot_recurrent=True, cell="gru", classes=0),
     ],
     ids=lambda o: "-".join(map(str, o.values())) or "plain",
 )  # fmt: skip
-def test_plans_in_every_world_model(options, discrete):
+@pytest.mark.parametrize("noise", ("own", "common"))
+def test_plans_in_every_world_model(options, discrete, noise):
     torch.manual_seed(0)
     make = SlotWorldModel if "slot_mode" in options else WorldModel
     model = make(DreamerConfig(**(TINY | options)).resolve(), {"image": (3, 8, 8)}, 2)
-    nn.init.normal_(getattr(model.reward, "head", model.reward).out.weight)  # it starts at zero
+    nn.init.normal_(getattr(model.reward, "head", model.reward).out.weight, std=0.1)  # it starts at zero
     g = generator()
     first = torch.ones(1, 4, dtype=torch.bool)
     batch = {"image": torch.rand(1, 4, 3, 8, 8, generator=g), "action": torch.zeros(1, 4, 2), "is_first": first}
     with torch.no_grad():
         state = model.filter(batch, generator=g)[0]
-    planner = Planner(2, discrete, horizon=3, candidates=6, iterations=2, elites=2)
+    planner = Planner(2, discrete, horizon=3, candidates=6, iterations=2, elites=2, noise=noise)
     torch.manual_seed(1)
     action = planner(model, state, generator(5))
     assert action.shape == (4, 2) and not action.requires_grad and action.abs().max() <= 1
@@ -210,4 +229,11 @@ def test_plans_in_every_world_model(options, discrete):
     with torch.no_grad():
         candidates = planner.start(state).sample(6, generator(7)).flatten(1, 2)
         starts = state.map(lambda x: x.repeat_interleave(6, 0))
-        assert planner.score(model, starts, candidates, generator(8)).std() > 0
+        drawn = planner.draw_noise(model, state, generator(8))
+        scores = planner.score(model, starts, candidates, drawn).view(4, 6)
+        assert scores.std(1).min() > 0
+        # Of the same actions, candidates with noise in common expect the same.
+        candidates = candidates.unflatten(1, (4, 6))[:, :, :1].expand(-1, -1, 6, -1).flatten(1, 2)
+        scores = planner.score(model, starts, candidates, drawn).view(4, 6)
+        same = scores.std(1) < 1e-5 * scores.abs().amax(1)
+        assert same.all() if noise == "common" else not same.any()
