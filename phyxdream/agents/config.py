@@ -166,7 +166,7 @@ class DreamerConfig:
     free_nats: float = 1.0
     overshooting: int = 0
     """PlaNet's latent overshooting: the prior is compared with what came up to so many steps later than the next, too.
-    Off by default, as there: one call of imagination and little gain, but for models without a deterministic state."""
+    0 as there, where an RSSM gained little by it."""
     overshooting_coeff: float = 1.0
     """Weight of the mean over these distances."""
 

@@ -210,7 +210,7 @@ V3 = dict(
 AGENTS = {
     "planet": dict(),
     "planet-discrete-latents": dict(classes=4, overshooting=3, cell="layernorm_gru"),
-    "planet-overshooting": dict(overshooting=4, continue_coeff=1.0),
+    "planet-overshooting": dict(overshooting=2, continue_coeff=1.0),
     "dreamer_v3": V3,
     "phyxdream": V3 | dict(slot_mode="embed"),
     "phyxdream-per-slot": V3 | dict(slot_mode="per_slot"),
