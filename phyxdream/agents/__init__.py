@@ -5,7 +5,9 @@ from phyxdream.agents.dreamer import Carry, DreamerAgent, Update
 from phyxdream.agents.dreamer_v1 import DreamerV1
 from phyxdream.agents.dreamer_v2 import DreamerV2
 from phyxdream.agents.dreamer_v3 import DreamerV3
-from phyxdream.agents.phyxdream import PhyXDreamer
+from phyxdream.agents.phyxdream import PhyXDreamer, Planning
+from phyxdream.agents.planet import PlaNet
+from phyxdream.agents.planner import Planner
 
 __all__ = [
     "PRESETS",
@@ -17,6 +19,9 @@ __all__ = [
     "DreamerV2",
     "DreamerV3",
     "PhyXDreamer",
+    "PlaNet",
+    "Planner",
+    "Planning",
     "Update",
     "preset",
 ]

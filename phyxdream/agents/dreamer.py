@@ -20,7 +20,8 @@ from phyxdream.agents.dreamer_v2 import DreamerV2
 from phyxdream.agents.dreamer_v3 import DreamerV3
 from phyxdream.agents.graphed import Graphed
 from phyxdream.agents.learner import Learner
-from phyxdream.agents.phyxdream import PhyXDreamer
+from phyxdream.agents.phyxdream import PhyXDreamer, Planning
+from phyxdream.agents.planet import PlaNet
 from phyxdream.errors import CheckpointError, ConfigError, EnvError
 from phyxdream.nn.rssm import State
 
@@ -30,10 +31,11 @@ if TYPE_CHECKING:
 FLAGS = ("is_first", "is_last", "is_terminal")
 # Names that replay steps, replayed batches and losses use beside the observations'.
 RESERVED = (*FLAGS, "action", "reward", "deter", "stoch", "slots", "step_id", "probability", "mask", "consecutive",
-            "dynamics", "representation", "continue", "actor", "critic", "replay_critic", "total")  # fmt: skip
+            "dynamics", "representation", "continue", "actor", "critic", "replay_critic", "overshooting",
+            "total")  # fmt: skip
 
 
-DESIGNS = {"dreamer_v1": DreamerV1, "dreamer_v2": DreamerV2, "dreamer_v3": DreamerV3}
+DESIGNS = {"dreamer_v1": DreamerV1, "dreamer_v2": DreamerV2, "dreamer_v3": DreamerV3, "planet": PlaNet}
 
 
 @dataclass
@@ -117,7 +119,11 @@ class DreamerAgent:
 
     def make_model(self) -> Learner:
         """The learned parts, which another kind of agent makes otherwise."""
-        design = PhyXDreamer if self.config.slot_mode else DESIGNS[self.config.agent]
+        c, design = self.config, DESIGNS[self.config.agent]
+        if design is DreamerV3 and c.behaviour == "planner":
+            design = Planning
+        elif c.slot_mode:
+            design = PhyXDreamer
         return design(self.config, self.shapes, self.action_size, self.discrete)
 
     @property

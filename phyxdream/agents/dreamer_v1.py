@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from phyxdream import distributed
 from phyxdream.agents.config import DreamerConfig
 from phyxdream.agents.lambda_behaviour import frozen, lambda_targets, state_weights
-from phyxdream.agents.learner import Learner
+from phyxdream.agents.learner import ActorLearner
 from phyxdream.agents.optimizer import ClippedAdam
 from phyxdream.agents.world_model import Batch, WorldModel
 from phyxdream.nn.distributions import balanced_kl
@@ -54,7 +54,7 @@ class WorldModelV1(WorldModel):
         return tuple(torch.where(distributed.mean(half.mean()) > free_nats, half, free_nats) for half in halves)
 
 
-class DreamerV1(Learner):
+class DreamerV1(ActorLearner):
     """The learned parts of the agent and what they are trained on; the arguments are those of `Learner`."""
 
     continuous_dist = "tanh_normal"
@@ -84,19 +84,6 @@ class DreamerV1(Learner):
     def explore(self, distribution: Any, generator: torch.Generator | None) -> Tensor:
         return self.add_noise(distribution.sample(generator), generator)
 
-    def add_noise(self, action: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Normal noise on continuous actions, within [−1, 1]; a share of one-hot ones becomes uniform."""
-        amount = self.config.exploration_noise
-        if not amount:
-            return action
-        if self.actor.dist != "categorical":
-            noise = torch.randn(action.shape, generator=generator, device=action.device)
-            return (action + amount * noise).clamp(-1, 1)
-        shape, device = action.shape[:-1], action.device
-        index = torch.randint(action.shape[-1], shape, generator=generator, device=device)
-        replaced = torch.rand(shape, generator=generator, device=device) < amount
-        return torch.where(replaced.unsqueeze(-1), nn.functional.one_hot(index, action.shape[-1]).to(action), action)
-
     def behaviour(
         self, post: State, batch: Batch, generator: torch.Generator | None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -121,6 +108,3 @@ class DreamerV1(Learner):
         metrics = {"imagined_return": targets.detach().mean(), "imagined_reward": reward.detach().mean(),
                    "value": value.mean.detach().mean()}  # fmt: skip
         return losses, metrics
-
-    def after_update(self) -> None:
-        """What follows each optimiser step: nothing."""

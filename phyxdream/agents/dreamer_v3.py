@@ -18,14 +18,14 @@ from torch import Tensor
 
 from phyxdream.agents.actor_critic import ReturnNormalizer, imagination_loss, replay_critic_loss, update_slow
 from phyxdream.agents.config import DreamerConfig
-from phyxdream.agents.learner import Learner
+from phyxdream.agents.learner import ActorLearner
 from phyxdream.agents.optimizer import LaProp
 from phyxdream.agents.world_model import Batch
 from phyxdream.nn.heads import TwoHotHead
 from phyxdream.nn.rssm import State
 
 
-class DreamerV3(Learner):
+class DreamerV3(ActorLearner):
     """The learned parts of the agent and what they are trained on; the arguments are those of `Learner`."""
 
     def __init__(self, config: DreamerConfig, shapes: Mapping[str, tuple[int, ...]], action_size: int, discrete: bool):

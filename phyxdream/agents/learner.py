@@ -1,4 +1,7 @@
-"""What DreamerV1, V2 and V3 have in common: a world model, an actor, and a loss put together of both their losses."""
+"""What the agents have in common: a world model, a way to act on its states, and a loss made of all that is learned.
+
+`ActorLearner` acts by a policy that it learns (DreamerV1, V2, V3), `PlannerLearner` by planning (PlaNet).
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from phyxdream.agents.config import DreamerConfig
+from phyxdream.agents.planner import Planner
 from phyxdream.agents.world_model import Batch, WorldModel
 from phyxdream.nn.heads import Actor
 from phyxdream.nn.rssm import State
@@ -33,7 +38,7 @@ class Loss:
 
 
 class Learner(nn.Module):
-    """The learned parts of an agent and what they are trained on; critics are the subclasses' own.
+    """The learned parts of an agent and what they are trained on.
 
     Args:
         config: a resolved `DreamerConfig`.
@@ -42,16 +47,10 @@ class Learner(nn.Module):
         discrete: whether actions are one-hot.
     """
 
-    continuous_dist = "bounded_normal"
-
     def __init__(self, config: DreamerConfig, shapes: Mapping[str, tuple[int, ...]], action_size: int, discrete: bool):
         super().__init__()
-        c = self.config = config
+        self.config, self.action_size, self.discrete = config, action_size, discrete
         self.world_model = self.make_world_model(shapes, action_size)
-        dist = c.actor_dist or ("categorical" if discrete else self.continuous_dist)
-        self.actor = self.world_model.make_head(
-            lambda size: Actor(size, action_size, c.units, c.actor_layers, dist, c.act, c.norm, c.unimix)
-        )
 
     def make_world_model(self, shapes: Mapping[str, tuple[int, ...]], action_size: int) -> WorldModel:
         """The world model of this agent."""
@@ -70,12 +69,24 @@ class Learner(nn.Module):
         state (B, ...) before; returns the action (B, A) and the state after."""
         step = {**observation, "action": action, "is_first": is_first}
         post = self.world_model.filter({name: x[None] for name, x in step.items()}, state, generator)[0]
-        distribution = self.actor(post.feature)
-        return (self.explore(distribution, generator) if explore else distribution.mode), post
+        return self.act(post, generator, explore), post
 
-    def explore(self, distribution: Any, generator: torch.Generator | None) -> Tensor:
-        """An action (B, A) to learn from."""
-        return distribution.sample(generator)
+    def act(self, post: State, generator: torch.Generator | None, explore: bool) -> Tensor:
+        """The action (B, A) at states (B, ...): one to learn from, or the best one."""
+        raise NotImplementedError
+
+    def add_noise(self, action: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Normal noise on continuous actions, within [−1, 1]; a share of one-hot ones becomes uniform."""
+        amount = self.config.exploration_noise
+        if not amount:
+            return action
+        if not self.discrete:
+            noise = torch.randn(action.shape, generator=generator, device=action.device)
+            return (action + amount * noise).clamp(-1, 1)
+        shape, device = action.shape[:-1], action.device
+        index = torch.randint(action.shape[-1], shape, generator=generator, device=device)
+        replaced = torch.rand(shape, generator=generator, device=device) < amount
+        return torch.where(replaced.unsqueeze(-1), F.one_hot(index, action.shape[-1]).to(action), action)
 
     def loss(self, batch: Batch, generator: torch.Generator | None = None) -> Loss:
         """The loss of a replayed batch (T, B, ...) with one-hot or continuous actions; see
@@ -95,6 +106,62 @@ class Learner(nn.Module):
     def behaviour(
         self, post: State, batch: Batch, generator: torch.Generator | None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Losses of actor and critic, each 0-d, and metrics, from the posterior states (K, B, ...) of the last K steps
-        of a batch (T, B, ...)."""
+        """Losses of what is learned beside the world model, each 0-d, and metrics, from the posterior states
+        (K, B, ...) of the last K steps of a batch (T, B, ...)."""
         raise NotImplementedError
+
+    def after_update(self) -> None:
+        """What follows each optimiser step: nothing."""
+
+
+class ActorLearner(Learner):
+    """`Learner` with an actor; critics are the subclasses' own. The arguments are the same."""
+
+    continuous_dist = "bounded_normal"
+
+    def __init__(self, config: DreamerConfig, shapes: Mapping[str, tuple[int, ...]], action_size: int, discrete: bool):
+        super().__init__(config, shapes, action_size, discrete)
+        c = config
+        dist = c.actor_dist or ("categorical" if discrete else self.continuous_dist)
+        self.actor = self.world_model.make_head(
+            lambda size: Actor(size, action_size, c.units, c.actor_layers, dist, c.act, c.norm, c.unimix)
+        )
+
+    def act(self, post: State, generator: torch.Generator | None, explore: bool) -> Tensor:
+        distribution = self.actor(post.feature)
+        return self.explore(distribution, generator) if explore else distribution.mode
+
+    def explore(self, distribution: Any, generator: torch.Generator | None) -> Tensor:
+        """An action (B, A) to learn from."""
+        return distribution.sample(generator)
+
+
+class PlannerLearner(Learner):
+    """`Learner` that plans, and learns nothing but the world model. The arguments are the same.
+
+    Until the first update there is nothing to plan with: actions to learn from are drawn at random, as in PlaNet's seed
+    episodes, for as long as `prefill` says.
+    """
+
+    def __init__(self, config: DreamerConfig, shapes: Mapping[str, tuple[int, ...]], action_size: int, discrete: bool):
+        super().__init__(config, shapes, action_size, discrete)
+        c = config
+        self.planner = Planner(
+            action_size, discrete, c.plan_horizon, c.plan_candidates, c.plan_iterations, c.plan_elites, c.plan_noise
+        )
+        self.register_buffer("learned", torch.zeros((), dtype=torch.bool))
+
+    def act(self, post: State, generator: torch.Generator | None, explore: bool) -> Tensor:
+        if explore and not self.learned:
+            return self.planner.random_action(post, generator)
+        action = self.planner(self.world_model, post, generator)
+        return self.add_noise(action, generator) if explore else action
+
+    def behaviour(
+        self, post: State, batch: Batch, generator: torch.Generator | None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return {}, {}
+
+    def after_update(self) -> None:
+        """What follows each optimiser step: from the first on, there is something to plan with."""
+        self.learned.fill_(True)

@@ -94,6 +94,8 @@ BAD = [
         ("slot_stride", 0), ("slot_decoder_size", 0), ("slot_decoder_layers", 0), ("slot_patch", 0),
         ("exploration_noise", -0.1), ("slow_critic_every", 0), ("weight_decay", -1e-6), ("grad_clip", 0.0),
         ("actor_learning_rate", 0.0), ("critic_learning_rate", -1.0), ("actor_mix", 1.1),
+        ("image_bits", 0), ("image_bits", 9), ("overshooting", -1), ("overshooting", 63), ("overshooting_coeff", -0.1),
+        ("plan_horizon", 0), ("plan_candidates", 0), ("plan_iterations", 0), ("plan_elites", 0), ("plan_elites", 1001),
         ("slot_message_size", -1), ("slot_message_size", 6), ("l1_coeff", -0.1), ("slot_coeff", -1),
         ("depth_mults", ()), ("depth_mults", (2, 0)), ("depth_mults", (1.5,)),
     ]),
@@ -104,7 +106,7 @@ BAD = [
     # Names.
     ("size", "13m"), ("env_backend", "openai"), ("cell", "lstm"), ("initial", "ones"), ("norm", "batch"),
     ("act", "swish"), ("actor_dist", "normal"), ("replay_selector", "newest"),
-    ("agent", "dreamer_v4"), ("actor_gradient", "pathwise"),
+    ("agent", "dreamer_v4"), ("actor_gradient", "pathwise"), ("behaviour", "policy"), ("plan_noise", "none"),
     ("slot_mode", "slots"), ("slot_initial", "zeros"), ("slot_predictor", True),
 ]  # fmt: skip
 
