@@ -167,6 +167,7 @@ class DreamerAgent:
         Updates in which several processes take part are not recorded.
         """
         graphed = self.device.type == "cuda" and self.config.cuda_graph and distributed.world_size() == 1
+        graphed = graphed and self.model.recordable
         learn = self.generators["learn"]
         self._run_update = Graphed(self._update, (learn,), self.device) if graphed else self._update
 

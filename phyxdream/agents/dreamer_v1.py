@@ -84,19 +84,6 @@ class DreamerV1(Learner):
     def explore(self, distribution: Any, generator: torch.Generator | None) -> Tensor:
         return self.add_noise(distribution.sample(generator), generator)
 
-    def add_noise(self, action: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Normal noise on continuous actions, within [−1, 1]; a share of one-hot ones becomes uniform."""
-        amount = self.config.exploration_noise
-        if not amount:
-            return action
-        if self.actor.dist != "categorical":
-            noise = torch.randn(action.shape, generator=generator, device=action.device)
-            return (action + amount * noise).clamp(-1, 1)
-        shape, device = action.shape[:-1], action.device
-        index = torch.randint(action.shape[-1], shape, generator=generator, device=device)
-        replaced = torch.rand(shape, generator=generator, device=device) < amount
-        return torch.where(replaced.unsqueeze(-1), nn.functional.one_hot(index, action.shape[-1]).to(action), action)
-
     def behaviour(
         self, post: State, batch: Batch, generator: torch.Generator | None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

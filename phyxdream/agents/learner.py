@@ -43,19 +43,26 @@ class Learner(nn.Module):
     """
 
     continuous_dist = "bounded_normal"
+    # Whether nothing in an update waits for the device, so that a CUDA graph can hold it.
+    recordable = True
 
     def __init__(self, config: DreamerConfig, shapes: Mapping[str, tuple[int, ...]], action_size: int, discrete: bool):
         super().__init__()
-        c = self.config = config
+        self.config = config
         self.world_model = self.make_world_model(shapes, action_size)
-        dist = c.actor_dist or ("categorical" if discrete else self.continuous_dist)
-        self.actor = self.world_model.make_head(
-            lambda size: Actor(size, action_size, c.units, c.actor_layers, dist, c.act, c.norm, c.unimix)
-        )
+        self.actor = self.make_actor(action_size, discrete)
 
     def make_world_model(self, shapes: Mapping[str, tuple[int, ...]], action_size: int) -> WorldModel:
         """The world model of this agent."""
         return WorldModel(self.config, shapes, action_size)
+
+    def make_actor(self, action_size: int, discrete: bool) -> nn.Module:
+        """Features to a distribution over actions, whose `dist` is "categorical" for one-hot ones."""
+        c = self.config
+        dist = c.actor_dist or ("categorical" if discrete else self.continuous_dist)
+        return self.world_model.make_head(
+            lambda size: Actor(size, action_size, c.units, c.actor_layers, dist, c.act, c.norm, c.unimix)
+        )
 
     def policy(
         self,
@@ -76,6 +83,19 @@ class Learner(nn.Module):
     def explore(self, distribution: Any, generator: torch.Generator | None) -> Tensor:
         """An action (B, A) to learn from."""
         return distribution.sample(generator)
+
+    def add_noise(self, action: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Normal noise on continuous actions, within [−1, 1]; a share of one-hot ones becomes uniform."""
+        amount = self.config.exploration_noise
+        if not amount:
+            return action
+        if self.actor.dist != "categorical":
+            noise = torch.randn(action.shape, generator=generator, device=action.device)
+            return (action + amount * noise).clamp(-1, 1)
+        shape, device = action.shape[:-1], action.device
+        index = torch.randint(action.shape[-1], shape, generator=generator, device=device)
+        replaced = torch.rand(shape, generator=generator, device=device) < amount
+        return torch.where(replaced.unsqueeze(-1), nn.functional.one_hot(index, action.shape[-1]).to(action), action)
 
     def loss(self, batch: Batch, generator: torch.Generator | None = None) -> Loss:
         """The loss of a replayed batch (T, B, ...) with one-hot or continuous actions; see
