@@ -6,6 +6,7 @@ from phyxdream.agents.dreamer_v1 import DreamerV1
 from phyxdream.agents.dreamer_v2 import DreamerV2
 from phyxdream.agents.dreamer_v3 import DreamerV3
 from phyxdream.agents.phyxdream import PhyXDreamer
+from phyxdream.agents.world_models import WorldModels
 
 __all__ = [
     "PRESETS",
@@ -18,5 +19,6 @@ __all__ = [
     "DreamerV3",
     "PhyXDreamer",
     "Update",
+    "WorldModels",
     "preset",
 ]

@@ -19,7 +19,7 @@ class DreamerConfig:
     # -- Task
     preset: str = "dreamer_v3"
     """Preset whose values the other options start from."""
-    agent: Literal["dreamer_v1", "dreamer_v2", "dreamer_v3"] = "dreamer_v3"
+    agent: Literal["dreamer_v1", "dreamer_v2", "dreamer_v3", "world_models"] = "dreamer_v3"
     """Whose losses, behaviour and optimiser: a file of phyxdream/agents each."""
     env_backend: Literal["envpool", "gym", "dmc", "robotics", "unity_mlagents"] = "envpool"
     """Where `env` is looked up when it carries no "backend:" prefix."""
@@ -177,7 +177,8 @@ class DreamerConfig:
     actor_mix: float = 0.1
     """Share of reinforce in `both`."""
     exploration_noise: float = 0.0
-    """Of V1 and V2: standard deviation of what is added to continuous actions, share of discrete ones drawn anew."""
+    """Of V1, V2 and World Models: standard deviation of what is added to continuous actions, share of discrete ones
+    drawn anew."""
     return_norm_rate: float = 0.01
     """Rate of the moving 5th and 95th return percentiles that scale advantages."""
     slow_critic_rate: float = 0.02
@@ -187,6 +188,24 @@ class DreamerConfig:
     """Weight of the critic's regression towards its own moving average."""
     replay_critic_coeff: float = 0.3
     """Weight of the critic's loss on replayed trajectories."""
+
+    # -- World Models: a controller that is evolved in dreams
+    mixtures: int = 5
+    """Normals that the memory mixes for each dimension of z."""
+    population: int = 64
+    """Controllers of a generation."""
+    dreams: int = 16
+    """Dreams that each of them is judged by."""
+    dream_start: Literal["episode", "anywhere"] = "episode"
+    """Where dreams start: where replayed episodes do, as the paper's, or at any step of a batch."""
+    dream_temperature: float = 1.0
+    """How uncertain dreams are: above 1 they are harder to exploit than the memory believes them to be."""
+    evolve_after: int = 1_000
+    """Updates of vision and memory before the first generation, until when actions are random."""
+    evolve_every: int = 10
+    """Updates between generations."""
+    cma_sigma: float = 0.1
+    """Standard deviation of the first generation's weights."""
 
     # -- Optimiser (V3: LaProp after adaptive gradient clipping; V1 and V2: Adam after clipping of norms)
     learning_rate: float = 4e-5
@@ -253,6 +272,7 @@ class DreamerConfig:
             slots=1, slot_size=1, slot_iterations=1, slot_depth=1, slot_layers=1, slot_stride=1, slot_decoder_size=1,
             slot_decoder_layers=1, slot_patch=1, slot_message_size=0, slot_coeff=0,
             l1_coeff=0, exploration_noise=0, slow_critic_every=1, weight_decay=0,
+            mixtures=1, population=4, dreams=1, evolve_after=0, evolve_every=1,
         )  # fmt: skip
         kinds = {f.name: str(f.type) for f in fields(self)}
         for name, low in at_least.items():
@@ -261,7 +281,8 @@ class DreamerConfig:
             if not fits and not (value is None and "None" in kinds[name]):
                 raise ConfigError(f"{name}: expected {'an' if kind == 'integer' else 'a'} {kind} of at least {low}, "
                                   f"got {value!r}")  # fmt: skip
-        for name in ("train_ratio", "learning_rate", "agc", "actor_learning_rate", "critic_learning_rate", "grad_clip"):
+        for name in ("train_ratio", "learning_rate", "agc", "actor_learning_rate", "critic_learning_rate", "grad_clip",
+                     "dream_temperature", "cma_sigma"):  # fmt: skip
             value = getattr(self, name)
             if not (_is_number(value) and value > 0) and not (value is None and "None" in kinds[name]):
                 raise ConfigError(f"{name}: expected a positive number, got {value!r}")
@@ -280,7 +301,9 @@ class DreamerConfig:
             cell=("gru", "layernorm_gru", "block_gru"), initial=("zeros", "learned"), norm=("rms", "layer", "none"),
             act=("silu", "elu", "relu", "gelu"), replay_selector=("uniform", "recency", "prioritized", "curious"),
             actor_dist=(None, "categorical", "bounded_normal", "tanh_normal"),
-            agent=("dreamer_v1", "dreamer_v2", "dreamer_v3"), actor_gradient=(None, "reinforce", "dynamics", "both"),
+            agent=("dreamer_v1", "dreamer_v2", "dreamer_v3", "world_models"),
+            actor_gradient=(None, "reinforce", "dynamics", "both"),
+            dream_start=("episode", "anywhere"),
             slot_mode=(None, "embed", "per_slot"), slot_initial=("learned", "gaussian"),
         )  # fmt: skip
         for name, known in choices.items():
@@ -308,6 +331,12 @@ class DreamerConfig:
             raise ConfigError("slot_predictor: needs slot_recurrent, got True without it")
         if self.slot_predictor and self.slot_size % SLOT_HEADS:
             raise ConfigError(f"slot_size: slot_predictor needs a multiple of {SLOT_HEADS}, got {self.slot_size}")
+        if self.agent == "world_models":
+            if self.classes:
+                raise ConfigError(f"classes: agent 'world_models' has Gaussian latents, expected 0, got {self.classes}")
+            if self.actor_dist is not None:
+                raise ConfigError(f"actor_dist: agent 'world_models' has a linear controller, expected None, got "
+                                  f"{self.actor_dist!r}")  # fmt: skip
         if not self.depth_mults or not all(isinstance(m, int) and m >= 1 for m in self.depth_mults):
             raise ConfigError(f"depth_mults: expected positive integers, got {self.depth_mults}")
 
@@ -367,6 +396,14 @@ _V2: dict[str, Any] = _V1 | dict(
     entropy_coeff=1e-4, exploration_noise=0.0, batch_size=16, train_ratio=160.0, learning_rate=3e-4, adam_eps=1e-5,
     weight_decay=1e-6, prefill=1000,
 )  # fmt: skip
+_WORLD_MODELS: dict[str, Any] = dict(
+    agent="world_models", env="CartpoleBalance-v1", num_envs=8, action_repeat=2, total_steps=100_000,
+    deter_size=256, stoch_size=32, classes=0, units=256, depth=32, depth_mults=(1, 2, 4, 8), act="relu", norm="none",
+    encoder_layers=2, decoder_layers=2, representation_coeff=1.0, free_nats=0.0,
+    imagine_horizon=50, discount=1.0, exploration_noise=0.1,
+    batch_size=16, batch_length=32, replay_context=0, replay_online=False, prefill=2_000, train_ratio=32.0,
+    learning_rate=1e-3, adam_eps=1e-8,
+)  # fmt: skip
 
 PRESETS: dict[str, dict[str, Any]] = {
     "dreamer_v3": {},
@@ -378,6 +415,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         critic_learning_rate=1e-4, prefill=50_000, train_ratio=50.0, total_steps=50_000_000,
     ),
     "dreamer_v1": _V1,
+    "world_models": _WORLD_MODELS,
     # What bare `phyxdream train` runs: 10x5 pictures, episodes of nine steps, minutes on two CPU cores.
     "catch": dict(
         env="Catch-v0", total_steps=16_000, size="1m", deter_size=128, stoch_size=16, classes=8, batch_size=32,

@@ -21,6 +21,7 @@ from phyxdream.agents.dreamer_v3 import DreamerV3
 from phyxdream.agents.graphed import Graphed
 from phyxdream.agents.learner import Learner
 from phyxdream.agents.phyxdream import PhyXDreamer
+from phyxdream.agents.world_models import WorldModels
 from phyxdream.errors import CheckpointError, ConfigError, EnvError
 from phyxdream.nn.rssm import State
 
@@ -33,7 +34,7 @@ RESERVED = (*FLAGS, "action", "reward", "deter", "stoch", "slots", "step_id", "p
             "dynamics", "representation", "continue", "actor", "critic", "replay_critic", "total")  # fmt: skip
 
 
-DESIGNS = {"dreamer_v1": DreamerV1, "dreamer_v2": DreamerV2, "dreamer_v3": DreamerV3}
+DESIGNS = {"dreamer_v1": DreamerV1, "dreamer_v2": DreamerV2, "dreamer_v3": DreamerV3, "world_models": WorldModels}
 
 
 @dataclass
@@ -166,8 +167,8 @@ class DreamerAgent:
 
         Updates in which several processes take part are not recorded.
         """
-        graphed = self.device.type == "cuda" and self.config.cuda_graph and distributed.world_size() == 1
-        graphed = graphed and self.model.recordable
+        wanted = self.device.type == "cuda" and self.config.cuda_graph and distributed.world_size() == 1
+        graphed = wanted and self.model.recordable
         learn = self.generators["learn"]
         self._run_update = Graphed(self._update, (learn,), self.device) if graphed else self._update
 
