@@ -45,7 +45,8 @@ class DreamerConfig:
     device: str = "auto"
     """"auto" takes a CUDA device when there is one, else the CPU. Under torchrun every process takes its own GPU."""
     cuda_graph: bool = True
-    """On a CUDA device, record the update once as a CUDA graph and replay it; not under torchrun."""
+    """On a CUDA device, record the update once as a CUDA graph and replay it; not under torchrun, nor of World Models,
+    whose CMA-ES is on the host."""
     logdir: str | None = None
     """Run directory (None: runs/<preset>-<env>-<date>)."""
     log_every: int = 1_000
