@@ -315,7 +315,7 @@ class GaussianMixture:
         """(...): log-likelihood of x (..., S), summed over its variables."""
         scaled = (x.unsqueeze(-1) - self.mean) * torch.exp(-self.log_std)
         normal = -0.5 * scaled.square() - self.log_std - LOG_SQRT_2PI
-        return torch.logsumexp(torch.log_softmax(self.logits, -1) + normal, -1).sum(-1)
+        return (torch.logsumexp(self.logits + normal, -1) - torch.logsumexp(self.logits, -1)).sum(-1)
 
     def loss(self, target: Tensor) -> Tensor:
         return -self.log_prob(target)
@@ -323,7 +323,8 @@ class GaussianMixture:
     def draw(self, uniform: Tensor, normal: Tensor, temperature: float = 1.0) -> Tensor:
         """A sample (..., S) made of `uniform` noise (..., S) in [0, 1), which chooses a normal, and `normal` noise
         (..., S). `temperature` τ flattens the weights, softmax(logits / τ), and widens the normals, √τ · std."""
-        below = torch.softmax(self.logits / temperature, -1).cumsum(-1)[..., :-1]
-        chosen = (uniform.unsqueeze(-1) >= below).sum(-1, keepdim=True)
+        # Not torch.softmax, which takes ten times as long where the last axis is as short as this one.
+        below = torch.exp((self.logits - self.logits.amax(-1, keepdim=True)) / temperature).cumsum(-1)
+        chosen = (uniform.unsqueeze(-1) * below[..., -1:] >= below[..., :-1]).sum(-1, keepdim=True)
         mean, log_std = (x.gather(-1, chosen).squeeze(-1) for x in (self.mean, self.log_std))
         return mean + math.sqrt(temperature) * torch.exp(log_std) * normal
