@@ -119,7 +119,7 @@ class UnitNormal:
 
 
 class Constant:
-    """A number that nothing is learned about: V1's discount where episodes do not end."""
+    """A value without spread: V1's discount where episodes do not end, the actions of World Models."""
 
     def __init__(self, mean: Tensor):
         self.mean = self.mode = mean

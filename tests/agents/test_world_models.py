@@ -376,18 +376,10 @@ def test_pictures_vectors_and_replayed_states(context):
     [
         (dict(classes=8), "classes: agent 'world_models' has Gaussian latents, expected 0, got 8"),
         (dict(actor_dist="tanh_normal"), "actor_dist: agent 'world_models' has a linear controller"),
-        (dict(dreams=0), "dreams: expected an integer of at least 1, got 0"),
-        (dict(dream_start="end"), "dream_start: expected one of ['episode', 'anywhere'], got 'end'"),
-        (dict(population=3), "population: expected an integer of at least 4, got 3"),
-        (dict(dream_temperature=0.0), "dream_temperature: expected a positive number"),
-        (dict(cma_sigma=math.nan), "cma_sigma: expected a positive number"),
-        (dict(mixtures=0), "mixtures: expected an integer of at least 1"),
-        (dict(evolve_every=0), "evolve_every: expected an integer of at least 1"),
-        (dict(evolve_after=-1), "evolve_after: expected an integer of at least 0"),
         (dict(slot_mode="embed"), "slot_mode: needs agent 'dreamer_v3', got 'world_models'"),
     ],
 )
-def test_wrong_options(options, message):
+def test_what_it_has_not_is_refused(options, message):
     with pytest.raises(ConfigError) as error:
         preset("world_models", **{**SMALL, **options}).resolve()
     assert str(error.value).startswith(message)
