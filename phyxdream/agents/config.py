@@ -198,7 +198,8 @@ class DreamerConfig:
     dreams: int = 16
     """Dreams that each of them is judged by."""
     dream_start: Literal["episode", "anywhere"] = "episode"
-    """Where dreams start: where replayed episodes do, as the paper's, or at any step of a batch."""
+    """Where dreams start: where replayed episodes do, as the paper's, or at any step of a batch. With "episode", a
+    generation that is due waits for a batch in which one starts (behind the first step, which always seems to)."""
     dream_temperature: float = 1.0
     """How uncertain dreams are: above 1 they are harder to exploit than the memory believes them to be."""
     evolve_after: int = 1_000
@@ -210,13 +211,14 @@ class DreamerConfig:
 
     # -- Optimiser (V3: LaProp after adaptive gradient clipping; V1 and V2: Adam after clipping of norms)
     learning_rate: float = 4e-5
-    """Of everything in V3, of the world model in V1 and V2."""
+    """Of everything in V3, of the world model in V1, V2 and World Models."""
     actor_learning_rate: float | None = None
     """Of V1 and V2 (None: as the world model's)."""
     critic_learning_rate: float | None = None
     """Of V1 and V2 (None: as the world model's)."""
     grad_clip: float = 100.0
-    """Largest norm of the gradients of world model, actor and critic each, of V1 and V2."""
+    """Largest norm of the gradients of world model, actor and critic each, of V1 and V2; of vision and memory each, of
+    World Models."""
     weight_decay: float = 0.0
     """Share that matrices lose at each update of V1 and V2."""
     agc: float = 0.3
