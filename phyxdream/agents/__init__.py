@@ -8,6 +8,7 @@ from phyxdream.agents.dreamer_v3 import DreamerV3
 from phyxdream.agents.phyxdream import PhyXDreamer, Planning
 from phyxdream.agents.planet import PlaNet
 from phyxdream.agents.planner import Planner
+from phyxdream.agents.world_models import WorldModels
 
 __all__ = [
     "PRESETS",
@@ -23,5 +24,6 @@ __all__ = [
     "Planner",
     "Planning",
     "Update",
+    "WorldModels",
     "preset",
 ]

@@ -19,7 +19,7 @@ class DreamerConfig:
     # -- Task
     preset: str = "dreamer_v3"
     """Preset whose values the other options start from."""
-    agent: Literal["dreamer_v1", "dreamer_v2", "dreamer_v3", "planet"] = "dreamer_v3"
+    agent: Literal["dreamer_v1", "dreamer_v2", "dreamer_v3", "planet", "world_models"] = "dreamer_v3"
     """Whose losses, behaviour and optimiser: a file of phyxdream/agents each."""
     env_backend: Literal["envpool", "gym", "dmc", "robotics", "unity_mlagents"] = "envpool"
     """Where `env` is looked up when it carries no "backend:" prefix."""
@@ -45,7 +45,8 @@ class DreamerConfig:
     device: str = "auto"
     """"auto" takes a CUDA device when there is one, else the CPU. Under torchrun every process takes its own GPU."""
     cuda_graph: bool = True
-    """On a CUDA device, record the update once as a CUDA graph and replay it; not under torchrun."""
+    """On a CUDA device, record the update once as a CUDA graph and replay it; not under torchrun, nor of World Models,
+    whose CMA-ES is on the host."""
     logdir: str | None = None
     """Run directory (None: runs/<preset>-<env>-<date>)."""
     log_every: int = 1_000
@@ -197,8 +198,8 @@ class DreamerConfig:
     actor_mix: float = 0.1
     """Share of reinforce in `both`."""
     exploration_noise: float = 0.0
-    """Of V1, V2 and planners: standard deviation of what is added to continuous actions, share of discrete ones drawn
-    anew."""
+    """Of V1, V2, World Models and planners: standard deviation of what is added to continuous actions, share of discrete
+    ones drawn anew."""
     return_norm_rate: float = 0.01
     """Rate of the moving 5th and 95th return percentiles that scale advantages."""
     slow_critic_rate: float = 0.02
@@ -209,15 +210,35 @@ class DreamerConfig:
     replay_critic_coeff: float = 0.3
     """Weight of the critic's loss on replayed trajectories."""
 
+    # -- World Models: a controller that is evolved in dreams
+    mixtures: int = 5
+    """Normals that the memory mixes for each dimension of z."""
+    population: int = 64
+    """Controllers of a generation."""
+    dreams: int = 16
+    """Dreams that each of them is judged by."""
+    dream_start: Literal["episode", "anywhere"] = "episode"
+    """Where dreams start: where replayed episodes do, as the paper's, or at any step of a batch. With "episode", a
+    generation that is due waits for a batch in which one starts (behind the first step, which always seems to)."""
+    dream_temperature: float = 1.0
+    """How uncertain dreams are: above 1 they are harder to exploit than the memory believes them to be."""
+    evolve_after: int = 1_000
+    """Updates of vision and memory before the first generation, until when actions are random."""
+    evolve_every: int = 10
+    """Updates between generations."""
+    cma_sigma: float = 0.1
+    """Standard deviation of the first generation's weights."""
+
     # -- Optimiser (V3: LaProp after adaptive gradient clipping; V1 and V2: Adam after clipping of norms)
     learning_rate: float = 4e-5
-    """Of everything in V3, of the world model in V1, V2 and PlaNet."""
+    """Of everything in V3, of the world model in V1, V2, PlaNet and World Models."""
     actor_learning_rate: float | None = None
     """Of V1 and V2 (None: as the world model's)."""
     critic_learning_rate: float | None = None
     """Of V1 and V2 (None: as the world model's)."""
     grad_clip: float = 100.0
-    """Largest norm of the gradients of world model, actor and critic each, of V1, V2 and PlaNet."""
+    """Largest norm of the gradients of world model, actor and critic each, of V1, V2 and PlaNet; of vision and memory
+    each, of World Models."""
     weight_decay: float = 0.0
     """Share that matrices lose at each update of V1 and V2."""
     agc: float = 0.3
@@ -277,6 +298,7 @@ class DreamerConfig:
             l1_coeff=0, exploration_noise=0, slow_critic_every=1, weight_decay=0,
             image_bits=1, overshooting=0, overshooting_coeff=0, plan_horizon=1, plan_candidates=1, plan_iterations=1,
             plan_elites=1,
+            mixtures=1, population=4, dreams=1, evolve_after=0, evolve_every=1,
         )  # fmt: skip
         kinds = {f.name: str(f.type) for f in fields(self)}
         for name, low in at_least.items():
@@ -285,7 +307,8 @@ class DreamerConfig:
             if not fits and not (value is None and "None" in kinds[name]):
                 raise ConfigError(f"{name}: expected {'an' if kind == 'integer' else 'a'} {kind} of at least {low}, "
                                   f"got {value!r}")  # fmt: skip
-        for name in ("train_ratio", "learning_rate", "agc", "actor_learning_rate", "critic_learning_rate", "grad_clip"):
+        for name in ("train_ratio", "learning_rate", "agc", "actor_learning_rate", "critic_learning_rate", "grad_clip",
+                     "dream_temperature", "cma_sigma"):  # fmt: skip
             value = getattr(self, name)
             if not (_is_number(value) and value > 0) and not (value is None and "None" in kinds[name]):
                 raise ConfigError(f"{name}: expected a positive number, got {value!r}")
@@ -304,8 +327,8 @@ class DreamerConfig:
             cell=("gru", "layernorm_gru", "block_gru"), initial=("zeros", "learned"), norm=("rms", "layer", "none"),
             act=("silu", "elu", "relu", "gelu"), replay_selector=("uniform", "recency", "prioritized", "curious"),
             actor_dist=(None, "categorical", "bounded_normal", "tanh_normal"),
-            agent=("dreamer_v1", "dreamer_v2", "dreamer_v3", "planet"),
-            actor_gradient=(None, "reinforce", "dynamics", "both"),
+            agent=("dreamer_v1", "dreamer_v2", "dreamer_v3", "planet", "world_models"),
+            actor_gradient=(None, "reinforce", "dynamics", "both"), dream_start=("episode", "anywhere"),
             slot_mode=(None, "embed", "per_slot"), slot_initial=("learned", "gaussian"),
             behaviour=("actor_critic", "planner"), plan_noise=("common", "own"),
         )  # fmt: skip
@@ -346,6 +369,12 @@ class DreamerConfig:
             raise ConfigError("slot_predictor: needs slot_recurrent, got True without it")
         if self.slot_predictor and self.slot_size % SLOT_HEADS:
             raise ConfigError(f"slot_size: slot_predictor needs a multiple of {SLOT_HEADS}, got {self.slot_size}")
+        if self.agent == "world_models":
+            if self.classes:
+                raise ConfigError(f"classes: agent 'world_models' has Gaussian latents, expected 0, got {self.classes}")
+            if self.actor_dist is not None:
+                raise ConfigError(f"actor_dist: agent 'world_models' has a linear controller, expected None, got "
+                                  f"{self.actor_dist!r}")  # fmt: skip
         if not self.depth_mults or not all(isinstance(m, int) and m >= 1 for m in self.depth_mults):
             raise ConfigError(f"depth_mults: expected positive integers, got {self.depth_mults}")
 
@@ -412,6 +441,15 @@ _V2: dict[str, Any] = _V1 | dict(
     entropy_coeff=1e-4, exploration_noise=0.0, batch_size=16, train_ratio=160.0, learning_rate=3e-4, adam_eps=1e-5,
     weight_decay=1e-6, prefill=1000,
 )  # fmt: skip
+# The paper's car. Dreams start where its episodes do, but are not as long: few skills need a thousand steps to show.
+_WORLD_MODELS: dict[str, Any] = dict(
+    agent="world_models", env="CarRacing-v3", image_size=64, num_envs=8,
+    deter_size=256, stoch_size=32, classes=0, units=256, depth=32, depth_mults=(1, 2, 4, 8), act="relu", norm="none",
+    encoder_layers=2, decoder_layers=2, representation_coeff=1.0, free_nats=0.0,
+    imagine_horizon=100, discount=1.0, exploration_noise=0.1,
+    batch_size=16, batch_length=32, replay_context=0, replay_online=False, prefill=10_000, train_ratio=32.0,
+    learning_rate=1e-3, adam_eps=1e-8, replay_capacity=200_000,
+)  # fmt: skip
 
 PRESETS: dict[str, dict[str, Any]] = {
     "dreamer_v3": {},
@@ -424,6 +462,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "dreamer_v1": _V1,
     "planet": _PLANET,
+    "world_models": _WORLD_MODELS,
     # What bare `phyxdream train` runs: 10x5 pictures, episodes of nine steps, minutes on two CPU cores.
     "catch": dict(
         env="Catch-v0", total_steps=16_000, size="1m", deter_size=128, stoch_size=16, classes=8, batch_size=32,

@@ -22,6 +22,7 @@ from phyxdream.agents.graphed import Graphed
 from phyxdream.agents.learner import Learner
 from phyxdream.agents.phyxdream import PhyXDreamer, Planning
 from phyxdream.agents.planet import PlaNet
+from phyxdream.agents.world_models import WorldModels
 from phyxdream.errors import CheckpointError, ConfigError, EnvError
 from phyxdream.nn.rssm import State
 
@@ -35,7 +36,8 @@ RESERVED = (*FLAGS, "action", "reward", "deter", "stoch", "slots", "step_id", "p
             "total")  # fmt: skip
 
 
-DESIGNS = {"dreamer_v1": DreamerV1, "dreamer_v2": DreamerV2, "dreamer_v3": DreamerV3, "planet": PlaNet}
+DESIGNS = {"dreamer_v1": DreamerV1, "dreamer_v2": DreamerV2, "dreamer_v3": DreamerV3, "planet": PlaNet,
+           "world_models": WorldModels}  # fmt: skip
 
 
 @dataclass
@@ -172,7 +174,8 @@ class DreamerAgent:
 
         Updates in which several processes take part are not recorded.
         """
-        graphed = self.device.type == "cuda" and self.config.cuda_graph and distributed.world_size() == 1
+        wanted = self.device.type == "cuda" and self.config.cuda_graph and distributed.world_size() == 1
+        graphed = wanted and self.model.recordable
         learn = self.generators["learn"]
         self._run_update = Graphed(self._update, (learn,), self.device) if graphed else self._update
 

@@ -1,6 +1,6 @@
 """What the agents have in common: a world model, a way to act on its states, and a loss made of all that is learned.
 
-`ActorLearner` acts by a policy that it learns (DreamerV1, V2, V3), `PlannerLearner` by planning (PlaNet).
+`ActorLearner` acts by a policy that it learns by gradients (DreamerV1, V2, V3), `PlannerLearner` by planning (PlaNet).
 """
 
 from __future__ import annotations
@@ -47,6 +47,9 @@ class Learner(nn.Module):
         discrete: whether actions are one-hot.
     """
 
+    # Whether nothing in an update waits for the device, so that a CUDA graph can hold it.
+    recordable = True
+
     def __init__(self, config: DreamerConfig, shapes: Mapping[str, tuple[int, ...]], action_size: int, discrete: bool):
         super().__init__()
         self.config, self.action_size, self.discrete = config, action_size, discrete
@@ -74,6 +77,15 @@ class Learner(nn.Module):
     def act(self, post: State, generator: torch.Generator | None, explore: bool) -> Tensor:
         """The action (B, A) at states (B, ...): one to learn from, or the best one."""
         raise NotImplementedError
+
+    def random_action(self, state: State, generator: torch.Generator | None) -> Tensor:
+        """Actions (B, A) for states (B, ...) drawn uniformly: within [−1, 1], or one-hot."""
+        shape, device = (state.deter.shape[0],), state.deter.device
+        if self.discrete:
+            index = torch.randint(self.action_size, shape, generator=generator, device=device)
+            return F.one_hot(index, self.action_size).to(state.deter)
+        uniform = torch.rand(*shape, self.action_size, generator=generator, device=device, dtype=state.deter.dtype)
+        return 2 * uniform - 1
 
     def add_noise(self, action: Tensor, generator: torch.Generator | None) -> Tensor:
         """Normal noise on continuous actions, within [−1, 1]; a share of one-hot ones becomes uniform."""
@@ -153,7 +165,7 @@ class PlannerLearner(Learner):
 
     def act(self, post: State, generator: torch.Generator | None, explore: bool) -> Tensor:
         if explore and not self.learned:
-            return self.planner.random_action(post, generator)
+            return self.random_action(post, generator)
         action = self.planner(self.world_model, post, generator)
         return self.add_noise(action, generator) if explore else action
 

@@ -158,12 +158,3 @@ class Planner:
         index = score.topk(self.elites, sorted=False).indices
         index = index.view(1, *index.shape, 1).expand(len(action), -1, -1, action.shape[-1])
         return belief.fit(action.gather(2, index))
-
-    def random_action(self, state: State, generator: torch.Generator | None = None) -> Tensor:
-        """Actions (B, A) for states (B, ...) drawn uniformly: within [−1, 1], or one-hot."""
-        shape, device = (state.deter.shape[0],), state.deter.device
-        if self.discrete:
-            index = torch.randint(self.action_size, shape, generator=generator, device=device)
-            return F.one_hot(index, self.action_size).to(state.deter)
-        uniform = torch.rand(*shape, self.action_size, generator=generator, device=device, dtype=state.deter.dtype)
-        return 2 * uniform - 1

@@ -2,6 +2,7 @@
 
 from phyxdream.nn.distributions import (
     Bernoulli,
+    GaussianMixture,
     Normal,
     OneHotCategorical,
     SlotMixture,
@@ -14,6 +15,7 @@ from phyxdream.nn.distributions import (
 )
 from phyxdream.nn.heads import Actor, BernoulliHead, NormalHead, SlotHead, TwoHotHead
 from phyxdream.nn.layers import MLP, BlockLinear, Dense, symexp, symlog
+from phyxdream.nn.mdn_lstm import MDNLSTM
 from phyxdream.nn.rssm import RSSM, State, Trajectory
 from phyxdream.nn.slot_rssm import SlotRSSM
 from phyxdream.nn.slot_vision import SlotAutoencoder, SlotDecoder, SlotEncoder, SlotPicture, SlotTokens, SoftPosition
@@ -21,9 +23,9 @@ from phyxdream.nn.slots import SlotAttention, SlotTransformer
 from phyxdream.nn.vision import Decoder, Encoder, ImageDecoder, ImageEncoder
 
 __all__ = [
-    "MLP", "RSSM", "Actor", "Bernoulli", "BernoulliHead", "BlockLinear", "Decoder", "Dense", "Encoder", "ImageDecoder",
-    "ImageEncoder", "Normal", "NormalHead", "OneHotCategorical", "SlotAttention", "SlotAutoencoder", "SlotDecoder",
-    "SlotEncoder", "SlotHead", "SlotMixture", "SlotPicture", "SlotRSSM", "SlotTokens", "SlotTransformer",
-    "SoftPosition", "SquaredError", "State", "TanhNormal", "Trajectory", "TwoHotHead", "TwoHotSymlog", "balanced_kl",
-    "kl_divergence", "symexp", "symexp_bins", "symlog",
+    "MDNLSTM", "MLP", "RSSM", "Actor", "Bernoulli", "BernoulliHead", "BlockLinear", "Decoder", "Dense", "Encoder",
+    "GaussianMixture", "ImageDecoder", "ImageEncoder", "Normal", "NormalHead", "OneHotCategorical", "SlotAttention",
+    "SlotAutoencoder", "SlotDecoder", "SlotEncoder", "SlotHead", "SlotMixture", "SlotPicture", "SlotRSSM", "SlotTokens",
+    "SlotTransformer", "SoftPosition", "SquaredError", "State", "TanhNormal", "Trajectory", "TwoHotHead",
+    "TwoHotSymlog", "balanced_kl", "kl_divergence", "symexp", "symexp_bins", "symlog",
 ]  # fmt: skip

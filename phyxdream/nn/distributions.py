@@ -119,7 +119,7 @@ class UnitNormal:
 
 
 class Constant:
-    """A number that nothing is learned about: V1's discount where episodes do not end."""
+    """A value without spread: V1's discount where episodes do not end, the actions of World Models."""
 
     def __init__(self, mean: Tensor):
         self.mean = self.mode = mean
@@ -291,3 +291,40 @@ def balanced_kl(post: State, prior: State, free_nats: float = 1.0, unimix: float
     if post.logits is not None:
         return ops.balanced_kl(post.logits, prior.logits, free_nats, unimix)
     return ops.balanced_kl_gaussian(post.mean, post.std, prior.mean, prior.std, free_nats)
+
+
+class GaussianMixture:
+    """Variables (..., S), each a mixture of K normals of its own: World Models' expectation of the next latent.
+
+    Args:
+        logits: (..., S, K) of the mixture's weights, before a softmax over K.
+        mean, log_std: (..., S, K) of its normals.
+
+    Source: Bishop, "Mixture Density Networks", 1994; Ha & Schmidhuber 2018.
+    """
+
+    def __init__(self, logits: Tensor, mean: Tensor, log_std: Tensor):
+        self.logits, self.mean, self.log_std = logits, mean, log_std
+
+    @property
+    def mode(self) -> Tensor:
+        """(..., S): the means of the likeliest normals."""
+        return self.mean.gather(-1, self.logits.argmax(-1, keepdim=True)).squeeze(-1)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """(...): log-likelihood of x (..., S), summed over its variables."""
+        scaled = (x.unsqueeze(-1) - self.mean) * torch.exp(-self.log_std)
+        normal = -0.5 * scaled.square() - self.log_std - LOG_SQRT_2PI
+        return (torch.logsumexp(self.logits + normal, -1) - torch.logsumexp(self.logits, -1)).sum(-1)
+
+    def loss(self, target: Tensor) -> Tensor:
+        return -self.log_prob(target)
+
+    def draw(self, uniform: Tensor, normal: Tensor, temperature: float = 1.0) -> Tensor:
+        """A sample (..., S) made of `uniform` noise (..., S) in [0, 1), which chooses a normal, and `normal` noise
+        (..., S). `temperature` τ flattens the weights, softmax(logits / τ), and widens the normals, √τ · std."""
+        # Not torch.softmax, which takes ten times as long where the last axis is as short as this one.
+        below = torch.exp((self.logits - self.logits.amax(-1, keepdim=True)) / temperature).cumsum(-1)
+        chosen = (uniform.unsqueeze(-1) * below[..., -1:] >= below[..., :-1]).sum(-1, keepdim=True)
+        mean, log_std = (x.gather(-1, chosen).squeeze(-1) for x in (self.mean, self.log_std))
+        return mean + math.sqrt(temperature) * torch.exp(log_std) * normal

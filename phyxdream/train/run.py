@@ -25,7 +25,7 @@ except ImportError:  # Windows: runs are not guarded against a second writer the
 
 FORMAT = "phyxdream-run"
 VERSION = 1
-_PACKAGES = ("torch", "numpy", "gymnasium", "envpool", "triton", "safetensors", "dm_control", "mujoco")
+_PACKAGES = ("torch", "numpy", "gymnasium", "envpool", "triton", "safetensors", "dm_control", "mujoco", "cma")
 _README = """\
 This is a training run of phyxdream {version}, started {started}.
 

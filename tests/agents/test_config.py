@@ -97,6 +97,8 @@ BAD = [
         ("image_bits", 0), ("image_bits", 9), ("overshooting", -1), ("overshooting", 63), ("overshooting_coeff", -0.1),
         ("plan_horizon", 0), ("plan_candidates", 0), ("plan_iterations", 0), ("plan_elites", 0), ("plan_elites", 1001),
         ("slot_message_size", -1), ("slot_message_size", 6), ("l1_coeff", -0.1), ("slot_coeff", -1),
+        ("mixtures", 0), ("population", 3), ("dreams", 0), ("evolve_after", -1), ("evolve_every", 0),
+        ("dream_temperature", 0.0), ("cma_sigma", -0.1),
         ("depth_mults", ()), ("depth_mults", (2, 0)), ("depth_mults", (1.5,)),
     ]),
     # Of the wrong kind, or not finite.
@@ -107,6 +109,7 @@ BAD = [
     ("size", "13m"), ("env_backend", "openai"), ("cell", "lstm"), ("initial", "ones"), ("norm", "batch"),
     ("act", "swish"), ("actor_dist", "normal"), ("replay_selector", "newest"),
     ("agent", "dreamer_v4"), ("actor_gradient", "pathwise"), ("behaviour", "policy"), ("plan_noise", "none"),
+    ("dream_start", "end"),
     ("slot_mode", "slots"), ("slot_initial", "zeros"), ("slot_predictor", True),
 ]  # fmt: skip
 
