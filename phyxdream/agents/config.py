@@ -198,8 +198,8 @@ class DreamerConfig:
     actor_mix: float = 0.1
     """Share of reinforce in `both`."""
     exploration_noise: float = 0.0
-    """Of V1, V2, World Models and planners: standard deviation of what is added to continuous actions, share of discrete
-    ones drawn anew."""
+    """Of V1, V2, World Models and planners: standard deviation of what is added to continuous actions, share of
+    discrete ones drawn anew."""
     return_norm_rate: float = 0.01
     """Rate of the moving 5th and 95th return percentiles that scale advantages."""
     slow_critic_rate: float = 0.02

@@ -17,6 +17,7 @@ Source: Ha & Schmidhuber, "World Models", 2018; ctallec/world-models.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -162,9 +163,8 @@ class WorldModels(Learner):
     def __init__(self, config: DreamerConfig, shapes: Mapping[str, tuple[int, ...]], action_size: int, discrete: bool):
         super().__init__(config, shapes, action_size, discrete)
         c = config
-        self.actor = Controller(
-            c.deter_size, c.stoch_size, action_size, discrete, lambda size: CMAES(size, c.population, c.cma_sigma, c.seed)
-        )
+        search = partial(CMAES, population=c.population, sigma=c.cma_sigma, seed=c.seed)
+        self.actor = Controller(c.deter_size, c.stoch_size, action_size, discrete, search)
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         self.register_buffer("next_generation", torch.tensor(c.evolve_after))
         self.register_buffer("dreamt", torch.zeros(2))  # mean and highest fitness of the last generation

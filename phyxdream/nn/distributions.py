@@ -119,7 +119,7 @@ class UnitNormal:
 
 
 class Constant:
-    """A value without spread: V1's discount where episodes do not end, the actions of World Models."""
+    """A number that nothing is learned about: V1's discount where episodes do not end."""
 
     def __init__(self, mean: Tensor):
         self.mean = self.mode = mean
