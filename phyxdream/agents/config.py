@@ -19,7 +19,7 @@ class DreamerConfig:
     # -- Task
     preset: str = "dreamer_v3"
     """Preset whose values the other options start from."""
-    agent: Literal["dreamer_v1", "dreamer_v2", "dreamer_v3"] = "dreamer_v3"
+    agent: Literal["dreamer_v1", "dreamer_v2", "dreamer_v3", "dreaming", "dreaming_v2"] = "dreamer_v3"
     """Whose losses, behaviour and optimiser: a file of phyxdream/agents each."""
     env_backend: Literal["envpool", "gym", "dmc", "robotics", "unity_mlagents"] = "envpool"
     """Where `env` is looked up when it carries no "backend:" prefix."""
@@ -148,6 +148,24 @@ class DreamerConfig:
     """Size of the messages between the RSSMs of `per_slot`, made by self-attention before each step: a multiple of 4,
     its heads. 0: slots know nothing of each other, and the scan over time is one fused call."""
 
+    # -- World model without reconstruction (V1, V2, Dreaming, DreamingV2)
+    representation: Literal["reconstruction", "contrastive", "reward_only"] = "reconstruction"
+    """What states learn of observations, beside the reward: to reconstruct them (not for Dreaming); to tell them from
+    all others of the batch; or nothing. Decoders of the last two learn apart, without a say in what states hold."""
+    contrastive_critic: Literal["gaussian", "bilinear", "cosine"] = "gaussian"
+    """How well a state fits an observation, see `nn.Contrast`. Papers write a density; `gaussian` is one."""
+    contrastive_coeff: float = 1.0
+    overshooting: int = 0
+    """K of Dreaming: how many steps beyond the first its dynamics are compared with what was seen."""
+    crop_pixels: int = 0
+    """How far Dreaming's random crops are moved, in each direction; vectors have none. Choose what hides nothing that
+    matters: 4 of 72 in the papers, 1 or 2 of 32, 0 for pictures like those of Catch, which are 10x5."""
+    crop_padding: bool = True
+    """Crops are as large as pictures, the edges of which are repeated outwards. The papers' are smaller: with False,
+    `image_size` 72 and `crop_pixels` 4, they are 64x64 of 72x72."""
+    crop_shared: bool = True
+    """One crop for all steps of a sequence. As in acting, nothing then moves that does not move; with False it does."""
+
     # -- World model loss
     reconstruction_coeff: float = 1.0
     l1_coeff: float = 0.0
@@ -252,7 +270,8 @@ class DreamerConfig:
             imagine_last=2, entropy_coeff=0, slow_critic_coeff=0, replay_critic_coeff=0, adam_eps=0, warmup=0, seed=0,
             slots=1, slot_size=1, slot_iterations=1, slot_depth=1, slot_layers=1, slot_stride=1, slot_decoder_size=1,
             slot_decoder_layers=1, slot_patch=1, slot_message_size=0, slot_coeff=0,
-            l1_coeff=0, exploration_noise=0, slow_critic_every=1, weight_decay=0,
+            l1_coeff=0, exploration_noise=0, slow_critic_every=1, weight_decay=0, contrastive_coeff=0, overshooting=0,
+            crop_pixels=0,
         )  # fmt: skip
         kinds = {f.name: str(f.type) for f in fields(self)}
         for name, low in at_least.items():
@@ -280,8 +299,11 @@ class DreamerConfig:
             cell=("gru", "layernorm_gru", "block_gru"), initial=("zeros", "learned"), norm=("rms", "layer", "none"),
             act=("silu", "elu", "relu", "gelu"), replay_selector=("uniform", "recency", "prioritized", "curious"),
             actor_dist=(None, "categorical", "bounded_normal", "tanh_normal"),
-            agent=("dreamer_v1", "dreamer_v2", "dreamer_v3"), actor_gradient=(None, "reinforce", "dynamics", "both"),
+            agent=("dreamer_v1", "dreamer_v2", "dreamer_v3", "dreaming", "dreaming_v2"),
+            actor_gradient=(None, "reinforce", "dynamics", "both"),
             slot_mode=(None, "embed", "per_slot"), slot_initial=("learned", "gaussian"),
+            representation=("reconstruction", "contrastive", "reward_only"),
+            contrastive_critic=("gaussian", "bilinear", "cosine"),
         )  # fmt: skip
         for name, known in choices.items():
             value = getattr(self, name)
@@ -300,6 +322,14 @@ class DreamerConfig:
             raise ConfigError(
                 f"imagine_last: expected at most batch_length = {self.batch_length} steps, got {self.imagine_last}"
             )
+        representations = REPRESENTATIONS.get(self.agent, ("reconstruction",))
+        if self.representation not in representations:
+            raise ConfigError(f"representation: expected one of {list(representations)} for agent {self.agent!r}, got "
+                              f"{self.representation!r}")  # fmt: skip
+        if self.overshooting >= self.batch_length:
+            raise ConfigError(
+                f"overshooting: expected less than batch_length = {self.batch_length} steps, got {self.overshooting}"
+            )
         if self.slot_message_size % SLOT_HEADS:
             raise ConfigError(f"slot_message_size: expected a multiple of {SLOT_HEADS}, got {self.slot_message_size}")
         if self.slot_mode and self.agent != "dreamer_v3":
@@ -313,6 +343,12 @@ class DreamerConfig:
 
 
 SLOT_HEADS = 4  # of self-attention among slots
+REPRESENTATIONS = {
+    "dreamer_v1": ("reconstruction", "contrastive", "reward_only"),
+    "dreamer_v2": ("reconstruction", "contrastive", "reward_only"),
+    "dreaming": ("contrastive", "reward_only"),
+    "dreaming_v2": ("contrastive", "reward_only"),
+}
 
 
 def _is_number(value: Any) -> bool:
@@ -367,6 +403,11 @@ _V2: dict[str, Any] = _V1 | dict(
     entropy_coeff=1e-4, exploration_noise=0.0, batch_size=16, train_ratio=160.0, learning_rate=3e-4, adam_eps=1e-5,
     weight_decay=1e-6, prefill=1000,
 )  # fmt: skip
+# Pictures of 72x72, of which 64x64 are seen.
+_DREAMING: dict[str, Any] = dict(
+    env_backend="dmc", env="reacher_hard", pixels=True, image_size=72, crop_pixels=4, crop_padding=False,
+    representation="contrastive", overshooting=3,
+)  # fmt: skip
 
 PRESETS: dict[str, dict[str, Any]] = {
     "dreamer_v3": {},
@@ -378,6 +419,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         critic_learning_rate=1e-4, prefill=50_000, train_ratio=50.0, total_steps=50_000_000,
     ),
     "dreamer_v1": _V1,
+    "dreaming": _V1 | _DREAMING | dict(agent="dreaming"),
+    "dreaming_v2": _V2 | _DREAMING | dict(agent="dreaming_v2"),
     # What bare `phyxdream train` runs: 10x5 pictures, episodes of nine steps, minutes on two CPU cores.
     "catch": dict(
         env="Catch-v0", total_steps=16_000, size="1m", deter_size=128, stoch_size=16, classes=8, batch_size=32,

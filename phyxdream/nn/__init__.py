@@ -1,5 +1,7 @@
 """Modules built on the ops: the RSSM, slot attention, encoders and decoders, heads and distributions."""
 
+from phyxdream.nn.contrastive import Contrast
+from phyxdream.nn.crops import Crops
 from phyxdream.nn.distributions import (
     Bernoulli,
     Normal,
@@ -21,9 +23,9 @@ from phyxdream.nn.slots import SlotAttention, SlotTransformer
 from phyxdream.nn.vision import Decoder, Encoder, ImageDecoder, ImageEncoder
 
 __all__ = [
-    "MLP", "RSSM", "Actor", "Bernoulli", "BernoulliHead", "BlockLinear", "Decoder", "Dense", "Encoder", "ImageDecoder",
-    "ImageEncoder", "Normal", "NormalHead", "OneHotCategorical", "SlotAttention", "SlotAutoencoder", "SlotDecoder",
-    "SlotEncoder", "SlotHead", "SlotMixture", "SlotPicture", "SlotRSSM", "SlotTokens", "SlotTransformer",
-    "SoftPosition", "SquaredError", "State", "TanhNormal", "Trajectory", "TwoHotHead", "TwoHotSymlog", "balanced_kl",
-    "kl_divergence", "symexp", "symexp_bins", "symlog",
+    "MLP", "RSSM", "Actor", "Bernoulli", "BernoulliHead", "BlockLinear", "Contrast", "Crops", "Decoder", "Dense",
+    "Encoder", "ImageDecoder", "ImageEncoder", "Normal", "NormalHead", "OneHotCategorical", "SlotAttention",
+    "SlotAutoencoder", "SlotDecoder", "SlotEncoder", "SlotHead", "SlotMixture", "SlotPicture", "SlotRSSM", "SlotTokens",
+    "SlotTransformer", "SoftPosition", "SquaredError", "State", "TanhNormal", "Trajectory", "TwoHotHead",
+    "TwoHotSymlog", "balanced_kl", "kl_divergence", "symexp", "symexp_bins", "symlog",
 ]  # fmt: skip
