@@ -109,15 +109,15 @@ class DreamerV1(Learner):
 
     def make_optimizer(self) -> ClippedAdam:
         c = self.config
-        model, decoder = list(self.world_model.parameters()), list(self.world_model.decoder.parameters())
+        # A decoder that only looks on takes no part in the clipping of the others.
+        apart = [] if c.representation == "reconstruction" else list(self.world_model.decoder.parameters())
+        watching = set(apart)
         rates = [
-            (model, c.learning_rate),
+            ([p for p in self.world_model.parameters() if p not in watching], c.learning_rate),
             (self.actor.parameters(), c.actor_learning_rate or c.learning_rate),
             (self.critic.parameters(), c.critic_learning_rate or c.learning_rate),
+            *([(apart, c.learning_rate)] if apart else []),
         ]
-        if c.representation != "reconstruction":  # a decoder that only looks on takes no part in the others' clipping
-            watching = set(decoder)
-            rates = [([p for p in model if p not in watching], c.learning_rate), *rates[1:], (decoder, c.learning_rate)]
         groups = [dict(params=list(parameters), lr=rate) for parameters, rate in rates]
         return ClippedAdam(groups, clip=c.grad_clip, betas=(c.beta1, c.beta2), eps=c.adam_eps, decay=c.weight_decay)
 

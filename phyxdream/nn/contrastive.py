@@ -30,7 +30,7 @@ class Contrast(nn.Module):
     Raises:
         ConfigError: for an unknown critic.
 
-    Source: Hafner et al., "Dream to Control", 2020, eq. 10; van den Oord et al., "Representation Learning with
+    Source: Hafner et al., "Dream to Control", 2020; van den Oord et al., "Representation Learning with
     Contrastive Predictive Coding", 2018. Under torchrun the frames are those of each process's own batch.
 
     >>> contrast = Contrast(state_size=8, embed_size=16, units=32)
