@@ -5,6 +5,7 @@ from phyxdream.agents.dreamer import Carry, DreamerAgent, Update
 from phyxdream.agents.dreamer_v1 import DreamerV1
 from phyxdream.agents.dreamer_v2 import DreamerV2
 from phyxdream.agents.dreamer_v3 import DreamerV3
+from phyxdream.agents.dreaming import Dreaming, DreamingV2
 from phyxdream.agents.phyxdream import PhyXDreamer, Planning
 from phyxdream.agents.planet import PlaNet
 from phyxdream.agents.planner import Planner
@@ -19,6 +20,8 @@ __all__ = [
     "DreamerV1",
     "DreamerV2",
     "DreamerV3",
+    "Dreaming",
+    "DreamingV2",
     "PhyXDreamer",
     "PlaNet",
     "Planner",

@@ -19,7 +19,9 @@ class DreamerConfig:
     # -- Task
     preset: str = "dreamer_v3"
     """Preset whose values the other options start from."""
-    agent: Literal["dreamer_v1", "dreamer_v2", "dreamer_v3", "planet", "world_models"] = "dreamer_v3"
+    agent: Literal[
+        "dreamer_v1", "dreamer_v2", "dreamer_v3", "planet", "dreaming", "dreaming_v2", "world_models"
+    ] = "dreamer_v3"  # fmt: skip
     """Whose losses, behaviour and optimiser: a file of phyxdream/agents each."""
     env_backend: Literal["envpool", "gym", "dmc", "robotics", "unity_mlagents"] = "envpool"
     """Where `env` is looked up when it carries no "backend:" prefix."""
@@ -151,6 +153,22 @@ class DreamerConfig:
     """Size of the messages between the RSSMs of `per_slot`, made by self-attention before each step: a multiple of 4,
     its heads. 0: slots know nothing of each other, and the scan over time is one fused call."""
 
+    # -- World model without reconstruction (V1, V2, Dreaming, DreamingV2)
+    representation: Literal["reconstruction", "contrastive", "reward_only"] = "reconstruction"
+    """What states learn of observations, beside the reward: to reconstruct them (not for Dreaming); to tell them from
+    all others of the batch; or nothing. Decoders of the last two learn apart, without a say in what states hold."""
+    contrastive_critic: Literal["gaussian", "bilinear", "cosine"] = "gaussian"
+    """How well a state fits an observation, see `nn.Contrast`. Papers write a density; `gaussian` is one."""
+    contrastive_coeff: float = 1.0
+    crop_pixels: int = 0
+    """How far Dreaming's random crops are moved, in each direction; vectors have none. Choose what hides nothing that
+    matters: 4 of 72 in the papers, 1 or 2 of 32, 0 for pictures like those of Catch, which are 10x5."""
+    crop_padding: bool = True
+    """Crops are as large as pictures, the edges of which are repeated outwards. The papers' are smaller: with False,
+    `image_size` 72 and `crop_pixels` 4, they are 64x64 of 72x72."""
+    crop_shared: bool = True
+    """One crop for all steps of a sequence. As in acting, nothing then moves that does not move; with False it does."""
+
     # -- World model loss
     reconstruction_coeff: float = 1.0
     l1_coeff: float = 0.0
@@ -166,10 +184,10 @@ class DreamerConfig:
     """Weight of KL(posterior ‖ sg(prior))."""
     free_nats: float = 1.0
     overshooting: int = 0
-    """PlaNet's latent overshooting: the prior is compared with what came up to so many steps later than the next, too.
-    0 as there, where an RSSM gained little by it."""
+    """Of PlaNet and Dreaming: the prior is compared with what came up to so many steps later than the next, too. 0 in
+    PlaNet, where an RSSM gained little by it; in Dreaming the linear dynamics look as far."""
     overshooting_coeff: float = 1.0
-    """Weight of the mean over these distances."""
+    """Weight of PlaNet's mean over these distances."""
 
     # -- Behaviour
     behaviour: Literal["actor_critic", "planner"] | None = None
@@ -299,6 +317,7 @@ class DreamerConfig:
             image_bits=1, overshooting=0, overshooting_coeff=0, plan_horizon=1, plan_candidates=1, plan_iterations=1,
             plan_elites=1,
             mixtures=1, population=4, dreams=1, evolve_after=0, evolve_every=1,
+            contrastive_coeff=0, crop_pixels=0,
         )  # fmt: skip
         kinds = {f.name: str(f.type) for f in fields(self)}
         for name, low in at_least.items():
@@ -327,10 +346,12 @@ class DreamerConfig:
             cell=("gru", "layernorm_gru", "block_gru"), initial=("zeros", "learned"), norm=("rms", "layer", "none"),
             act=("silu", "elu", "relu", "gelu"), replay_selector=("uniform", "recency", "prioritized", "curious"),
             actor_dist=(None, "categorical", "bounded_normal", "tanh_normal"),
-            agent=("dreamer_v1", "dreamer_v2", "dreamer_v3", "planet", "world_models"),
+            agent=("dreamer_v1", "dreamer_v2", "dreamer_v3", "planet", "dreaming", "dreaming_v2", "world_models"),
             actor_gradient=(None, "reinforce", "dynamics", "both"), dream_start=("episode", "anywhere"),
             slot_mode=(None, "embed", "per_slot"), slot_initial=("learned", "gaussian"),
             behaviour=("actor_critic", "planner"), plan_noise=("common", "own"),
+            representation=("reconstruction", "contrastive", "reward_only"),
+            contrastive_critic=("gaussian", "bilinear", "cosine"),
         )  # fmt: skip
         for name, known in choices.items():
             value = getattr(self, name)
@@ -349,6 +370,10 @@ class DreamerConfig:
             raise ConfigError(
                 f"imagine_last: expected at most batch_length = {self.batch_length} steps, got {self.imagine_last}"
             )
+        representations = REPRESENTATIONS.get(self.agent, ("reconstruction",))
+        if self.representation not in representations:
+            raise ConfigError(f"representation: expected one of {list(representations)} for agent {self.agent!r}, got "
+                              f"{self.representation!r}")  # fmt: skip
         if self.slot_message_size % SLOT_HEADS:
             raise ConfigError(f"slot_message_size: expected a multiple of {SLOT_HEADS}, got {self.slot_message_size}")
         if self.slot_mode and self.agent != "dreamer_v3":
@@ -380,6 +405,12 @@ class DreamerConfig:
 
 
 SLOT_HEADS = 4  # of self-attention among slots
+REPRESENTATIONS = {
+    "dreamer_v1": ("reconstruction", "contrastive", "reward_only"),
+    "dreamer_v2": ("reconstruction", "contrastive", "reward_only"),
+    "dreaming": ("contrastive", "reward_only"),
+    "dreaming_v2": ("contrastive", "reward_only"),
+}
 
 
 def _is_number(value: Any) -> bool:
@@ -450,6 +481,11 @@ _WORLD_MODELS: dict[str, Any] = dict(
     batch_size=16, batch_length=32, replay_context=0, replay_online=False, prefill=10_000, train_ratio=32.0,
     learning_rate=1e-3, adam_eps=1e-8, replay_capacity=200_000,
 )  # fmt: skip
+# Pictures of 72x72, of which 64x64 are seen.
+_DREAMING: dict[str, Any] = dict(
+    env_backend="dmc", env="reacher_hard", pixels=True, image_size=72, crop_pixels=4, crop_padding=False,
+    representation="contrastive", overshooting=3,
+)  # fmt: skip
 
 PRESETS: dict[str, dict[str, Any]] = {
     "dreamer_v3": {},
@@ -463,6 +499,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dreamer_v1": _V1,
     "planet": _PLANET,
     "world_models": _WORLD_MODELS,
+    "dreaming": _V1 | _DREAMING | dict(agent="dreaming"),
+    "dreaming_v2": _V2 | _DREAMING | dict(agent="dreaming_v2"),
     # What bare `phyxdream train` runs: 10x5 pictures, episodes of nine steps, minutes on two CPU cores.
     "catch": dict(
         env="Catch-v0", total_steps=16_000, size="1m", deter_size=128, stoch_size=16, classes=8, batch_size=32,

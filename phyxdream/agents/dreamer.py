@@ -18,6 +18,7 @@ from phyxdream.agents.config import DreamerConfig
 from phyxdream.agents.dreamer_v1 import DreamerV1
 from phyxdream.agents.dreamer_v2 import DreamerV2
 from phyxdream.agents.dreamer_v3 import DreamerV3
+from phyxdream.agents.dreaming import Dreaming, DreamingV2
 from phyxdream.agents.graphed import Graphed
 from phyxdream.agents.learner import Learner
 from phyxdream.agents.phyxdream import PhyXDreamer, Planning
@@ -32,12 +33,12 @@ if TYPE_CHECKING:
 FLAGS = ("is_first", "is_last", "is_terminal")
 # Names that replay steps, replayed batches and losses use beside the observations'.
 RESERVED = (*FLAGS, "action", "reward", "deter", "stoch", "slots", "step_id", "probability", "mask", "consecutive",
-            "dynamics", "representation", "continue", "actor", "critic", "replay_critic", "overshooting",
+            "dynamics", "representation", "continue", "actor", "critic", "replay_critic", "contrastive", "overshooting",
             "total")  # fmt: skip
 
 
 DESIGNS = {"dreamer_v1": DreamerV1, "dreamer_v2": DreamerV2, "dreamer_v3": DreamerV3, "planet": PlaNet,
-           "world_models": WorldModels}  # fmt: skip
+           "dreaming": Dreaming, "dreaming_v2": DreamingV2, "world_models": WorldModels}  # fmt: skip
 
 
 @dataclass

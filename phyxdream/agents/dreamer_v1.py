@@ -1,6 +1,8 @@
 """DreamerV1: a Gaussian world model, and an actor that learns by gradients through its dynamics.
 
     world model   GRU, Gaussian latents; pictures, reward (and continuation) of unit variance; max(3, mean KL(q‖p))
+    observations  reconstructed; or told apart from all others of the batch, ln q(s|o) − ln Σ_o' q(s|o'); or nothing but
+                  the reward (`representation`)
     actor         max Σ weight · λ-target, differentiated through the imagined states and actions, but not through what
                   the actor itself reads; tanh-normal, or one-hot with straight-through gradients
     critic        ½ (v − sg target)², weighted alike
@@ -23,7 +25,8 @@ from phyxdream.agents.config import DreamerConfig
 from phyxdream.agents.lambda_behaviour import frozen, lambda_targets, state_weights
 from phyxdream.agents.learner import ActorLearner
 from phyxdream.agents.optimizer import ClippedAdam
-from phyxdream.agents.world_model import Batch, WorldModel
+from phyxdream.agents.world_model import Batch, Encoded, WorldModel
+from phyxdream.nn.contrastive import Contrast
 from phyxdream.nn.distributions import balanced_kl
 from phyxdream.nn.heads import BernoulliHead, ConstantHead, ScalarHead
 from phyxdream.nn.rssm import State
@@ -31,7 +34,17 @@ from phyxdream.nn.rssm import State
 
 class WorldModelV1(WorldModel):
     """`WorldModel` with rewards of unit variance, free nats on the mean, and a constant discount where
-    `continue_coeff` is 0. One KL is what both of its halves are at weight 1: their gradients add up to its own."""
+    `continue_coeff` is 0. One KL is what both of its halves are at weight 1: their gradients add up to its own.
+
+    Without reconstruction the decoder reads features whose gradient is stopped, for those who look on.
+    """
+
+    def __init__(self, config: DreamerConfig, shapes: Mapping[str, tuple[int, ...]], action_size: int):
+        super().__init__(config, shapes, action_size)
+        c = config
+        if c.representation == "contrastive":
+            size, embed_size = self.contrasted_size, self.rssm.embed_size
+            self.contrast = Contrast(size, embed_size, c.units, c.contrastive_critic, c.act, c.norm)
 
     @property
     def rssm_options(self) -> dict[str, Any]:
@@ -47,6 +60,38 @@ class WorldModelV1(WorldModel):
         if not c.continue_coeff:
             return ConstantHead(c.discount)
         return self.make_head(lambda size: BernoulliHead(size, c.units, c.continue_layers, c.act, c.norm))
+
+    @property
+    def contrasted_size(self) -> int:
+        """The size of a state as observations are told apart by."""
+        return self.rssm.feature_size
+
+    def observation_losses(
+        self, encoded: Encoded, post: State, feature: Tensor, batch: Batch, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        kind = self.config.representation
+        losses = self.reconstruction(feature if kind == "reconstruction" else feature.detach(), batch)
+        if kind == "contrastive":
+            losses["contrastive"] = self.contrastive_loss(encoded, feature, batch, generator)
+        return losses
+
+    def contrastive_loss(
+        self, encoded: Encoded, feature: Tensor, batch: Batch, generator: torch.Generator | None
+    ) -> Tensor:
+        """−(ln q(s|o) − ln Σ_o' q(s|o')) over all frames o' of the batch: (T, B)."""
+        return self.contrast(feature, self.contrast.keys(encoded.embed))
+
+    def imagine_from_all(self, state: State, action: Tensor, steps: int, generator: torch.Generator | None) -> State:
+        """Prior states (K, T, B, ...), 1 to K = `steps` steps after each state (T, B, ...) of a sequence, under its
+        actions (T, B, A). What reaches beyond the end means nothing."""
+        T, B = action.shape[:2]
+        padded = torch.cat([action, action.new_zeros(steps, *action.shape[1:])])
+        future = torch.stack([padded[k : k + T] for k in range(1, steps + 1)])
+        prior = self.rssm.imagine(future.flatten(1, 2), state.flatten(), generator=generator)
+        return prior.map(lambda x: x.unflatten(1, (T, B)))
+
+    def loss_coeff(self, name: str) -> float:
+        return self.config.contrastive_coeff if name == "contrastive" else super().loss_coeff(name)
 
     def kl(self, post: State, prior: State, free_nats: float) -> tuple[Tensor, Tensor]:
         """Both halves, each (T, B); where the mean of one is below the free nats, it is these, without gradient."""
@@ -73,12 +118,16 @@ class DreamerV1(ActorLearner):
 
     def make_optimizer(self) -> ClippedAdam:
         c = self.config
-        rates = (
-            (self.world_model, c.learning_rate),
-            (self.actor, c.actor_learning_rate or c.learning_rate),
-            (self.critic, c.critic_learning_rate or c.learning_rate),
-        )
-        groups = [dict(params=list(module.parameters()), lr=rate) for module, rate in rates]
+        # A decoder that only looks on takes no part in the clipping of the others.
+        apart = [] if c.representation == "reconstruction" else list(self.world_model.decoder.parameters())
+        watching = set(apart)
+        rates = [
+            ([p for p in self.world_model.parameters() if p not in watching], c.learning_rate),
+            (self.actor.parameters(), c.actor_learning_rate or c.learning_rate),
+            (self.critic.parameters(), c.critic_learning_rate or c.learning_rate),
+            *([(apart, c.learning_rate)] if apart else []),
+        ]
+        groups = [dict(params=list(parameters), lr=rate) for parameters, rate in rates]
         return ClippedAdam(groups, clip=c.grad_clip, betas=(c.beta1, c.beta2), eps=c.adam_eps, decay=c.weight_decay)
 
     def explore(self, distribution: Any, generator: torch.Generator | None) -> Tensor:

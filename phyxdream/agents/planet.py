@@ -66,13 +66,11 @@ class WorldModelPlaNet(WorldModelV1):
         A distance that reaches beyond the sequence, or over the beginning of an episode, counts as nothing. Gradients
         go to the dynamics and to the state they start from, not to the posterior that came.
         """
-        c, D, (T, B) = self.config, self.config.overshooting, is_first.shape
+        c, D, T = self.config, self.config.overshooting, len(is_first)
         time = torch.arange(T, device=is_first.device)
         to = time + torch.arange(1, D + 2, device=is_first.device).unsqueeze(1)  # (D + 1, T), from 1 step ahead on
         inside, to = to < T, to.clamp(max=T - 1)
-        # Every posterior state is a start, all of them one batch.
-        prior = self.rssm.imagine(action[to].flatten(1, 2), post.flatten(), generator=generator)
-        prior = prior.map(lambda x: x.unflatten(1, (T, B)))
+        prior = self.imagine_from_all(post, action, D + 1, generator)
         kl, _ = balanced_kl(post.detach()[to[1:]], prior[1:], c.free_nats, c.unimix)
         episode = is_first.long().cumsum(0)
         same = (episode[to] == episode) & inside.unsqueeze(-1)

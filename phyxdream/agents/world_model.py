@@ -118,6 +118,21 @@ class WorldModel(nn.Module):
         """Embeddings of a batch with is_first that follows `state` (B, ...)."""
         return Encoded(self.embed(batch))
 
+    def encode_replayed(self, batch: Batch, state: State | None, generator: torch.Generator | None) -> Encoded:
+        """As `encode`, of a batch to learn from."""
+        return self.encode(batch, state, generator)
+
+    def observation_losses(
+        self, encoded: Encoded, post: State, feature: Tensor, batch: Batch, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        """What posterior states are taught of what was seen: losses (T, B) by name; `feature` (T, B, F) is theirs."""
+        return self.reconstruction(feature, batch)
+
+    def reconstruction(self, feature: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Losses (T, B) of the decoder by observation."""
+        decoded = self.decoder(feature)
+        return {name: decoded[name].loss(self.target(batch[name])) for name in self.names if name in decoded}
+
     def encoder_losses(self, encoded: Encoded, batch: Batch) -> dict[str, Tensor]:
         """What the encoder is taught of itself: losses (T, B) by name."""
         return {}
@@ -181,19 +196,19 @@ class WorldModel(nn.Module):
         The continuation target carries the discount, so imagination multiplies by the predicted continuation alone.
         """
         c = self.config
-        encoded = self.encode(batch, state, generator)
+        encoded = self.encode_replayed(batch, state, generator)
         post = self._filter(encoded, batch, state, generator)
         prior = self.rssm.prior_at(post)
         dynamics, representation = self.kl(post, prior, c.free_nats)
         feature = post.feature
-        decoded = self.decoder(feature)
+        observed = self.observation_losses(encoded, post, feature, batch, generator)
         target = c.discount * (~batch["is_terminal"]).to(feature.dtype)
         losses = {
             "dynamics": dynamics,
             "representation": representation,
             "reward": self.reward(feature).loss(batch["reward"]),
             "continue": self.cont(feature).loss(target),
-            **{name: decoded[name].loss(self.target(batch[name])) for name in self.names if name in decoded},
+            **observed,
             **self.encoder_losses(encoded, batch),
         }
         with torch.no_grad():

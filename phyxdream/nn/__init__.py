@@ -1,5 +1,7 @@
 """Modules built on the ops: the RSSM, slot attention, encoders and decoders, heads and distributions."""
 
+from phyxdream.nn.contrastive import Contrast
+from phyxdream.nn.crops import Crops
 from phyxdream.nn.distributions import (
     Bernoulli,
     GaussianMixture,
@@ -23,8 +25,9 @@ from phyxdream.nn.slots import SlotAttention, SlotTransformer
 from phyxdream.nn.vision import Decoder, Encoder, ImageDecoder, ImageEncoder
 
 __all__ = [
-    "MDNLSTM", "MLP", "RSSM", "Actor", "Bernoulli", "BernoulliHead", "BlockLinear", "Decoder", "Dense", "Encoder",
-    "GaussianMixture", "ImageDecoder", "ImageEncoder", "Normal", "NormalHead", "OneHotCategorical", "SlotAttention",
+    "MDNLSTM", "MLP", "RSSM", "Actor", "Bernoulli", "BernoulliHead", "BlockLinear", "Contrast", "Crops", "Decoder",
+    "Dense", "Encoder", "GaussianMixture", "ImageDecoder", "ImageEncoder", "Normal", "NormalHead", "OneHotCategorical",
+    "SlotAttention",
     "SlotAutoencoder", "SlotDecoder", "SlotEncoder", "SlotHead", "SlotMixture", "SlotPicture", "SlotRSSM", "SlotTokens",
     "SlotTransformer", "SoftPosition", "SquaredError", "State", "TanhNormal", "Trajectory", "TwoHotHead",
     "TwoHotSymlog", "balanced_kl", "kl_divergence", "symexp", "symexp_bins", "symlog",

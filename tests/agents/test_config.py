@@ -99,6 +99,7 @@ BAD = [
         ("slot_message_size", -1), ("slot_message_size", 6), ("l1_coeff", -0.1), ("slot_coeff", -1),
         ("mixtures", 0), ("population", 3), ("dreams", 0), ("evolve_after", -1), ("evolve_every", 0),
         ("dream_temperature", 0.0), ("cma_sigma", -0.1),
+        ("contrastive_coeff", -0.1), ("crop_pixels", -1),
         ("depth_mults", ()), ("depth_mults", (2, 0)), ("depth_mults", (1.5,)),
     ]),
     # Of the wrong kind, or not finite.
@@ -110,6 +111,7 @@ BAD = [
     ("act", "swish"), ("actor_dist", "normal"), ("replay_selector", "newest"),
     ("agent", "dreamer_v4"), ("actor_gradient", "pathwise"), ("behaviour", "policy"), ("plan_noise", "none"),
     ("dream_start", "end"),
+    ("representation", "rewards"), ("contrastive_critic", "dot"),
     ("slot_mode", "slots"), ("slot_initial", "zeros"), ("slot_predictor", True),
 ]  # fmt: skip
 
