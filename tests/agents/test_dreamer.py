@@ -492,6 +492,7 @@ class FromTheHost(TorchDispatchMode):
         dict(cell="layernorm_gru", initial="learned"),
         dict(slot_mode="embed", slots=2, slot_initial="gaussian"),
         dict(slot_mode="per_slot", slots=2, slot_recurrent=True),
+        dict(agent="planet", cell="gru", classes=0, overshooting=2, image_bits=5),
     ],
 )
 def test_an_update_never_waits_for_the_device(action_space, options):
