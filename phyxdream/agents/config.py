@@ -55,6 +55,20 @@ class DreamerConfig:
     eval_episodes: int = 20
     checkpoint_every: float = 300.0
     """Seconds between checkpoints."""
+    parallel: bool = False
+    """Act in processes of their own while this one learns, each as fast as it can (DayDreamer), instead of by turns. On
+    the CPU; environments that a script registers are found as "gym:module:Id-v0". Such a run cannot be repeated bit for
+    bit."""
+    actors: int = 1
+    """Of a parallel run: how many actors, with `num_envs` environments each."""
+    actor_backend: Literal["process", "ray"] = "process"
+    """Where actors run: processes of this machine, or wherever Ray places them (pip install "phyxdream[ray]"): the
+    cluster of RAY_ADDRESS, else one it starts here."""
+    publish_every: float = 2.0
+    """Of a parallel run: seconds between the weights that actors get."""
+    control_rate: float | None = None
+    """Most actions a second in each environment while training, as a robot's control loop has it (None: as fast as it
+    goes)."""
     resume_replay_seconds: float = 120.0
     """Most seconds spent on re-stepping environments at --resume; beyond it new episodes start instead."""
 
@@ -67,7 +81,8 @@ class DreamerConfig:
     """Sequences of an update; under torchrun, of each process: N processes learn from N * batch_size."""
     batch_length: int = 64
     train_ratio: float = 32.0
-    """Replayed steps per environment step (after action repeat)."""
+    """Replayed steps per environment step (after action repeat). Of a parallel run the least: it learns on while actors
+    act, and they wait where they are too far ahead."""
     replay_context: int = 1
     """Steps before every trained sequence: the model goes on from the state stored with the first of them, filters the
     others without gradient, and stores the states of the trained steps anew. 0 starts from the initial state."""
@@ -252,7 +267,7 @@ class DreamerConfig:
             imagine_last=2, entropy_coeff=0, slow_critic_coeff=0, replay_critic_coeff=0, adam_eps=0, warmup=0, seed=0,
             slots=1, slot_size=1, slot_iterations=1, slot_depth=1, slot_layers=1, slot_stride=1, slot_decoder_size=1,
             slot_decoder_layers=1, slot_patch=1, slot_message_size=0, slot_coeff=0,
-            l1_coeff=0, exploration_noise=0, slow_critic_every=1, weight_decay=0,
+            l1_coeff=0, exploration_noise=0, slow_critic_every=1, weight_decay=0, actors=1, publish_every=0,
         )  # fmt: skip
         kinds = {f.name: str(f.type) for f in fields(self)}
         for name, low in at_least.items():
@@ -261,7 +276,8 @@ class DreamerConfig:
             if not fits and not (value is None and "None" in kinds[name]):
                 raise ConfigError(f"{name}: expected {'an' if kind == 'integer' else 'a'} {kind} of at least {low}, "
                                   f"got {value!r}")  # fmt: skip
-        for name in ("train_ratio", "learning_rate", "agc", "actor_learning_rate", "critic_learning_rate", "grad_clip"):
+        for name in ("train_ratio", "learning_rate", "agc", "actor_learning_rate", "critic_learning_rate", "grad_clip",
+                     "control_rate"):  # fmt: skip
             value = getattr(self, name)
             if not (_is_number(value) and value > 0) and not (value is None and "None" in kinds[name]):
                 raise ConfigError(f"{name}: expected a positive number, got {value!r}")
@@ -281,6 +297,7 @@ class DreamerConfig:
             act=("silu", "elu", "relu", "gelu"), replay_selector=("uniform", "recency", "prioritized", "curious"),
             actor_dist=(None, "categorical", "bounded_normal", "tanh_normal"),
             agent=("dreamer_v1", "dreamer_v2", "dreamer_v3"), actor_gradient=(None, "reinforce", "dynamics", "both"),
+            actor_backend=("process", "ray"),
             slot_mode=(None, "embed", "per_slot"), slot_initial=("learned", "gaussian"),
         )  # fmt: skip
         for name, known in choices.items():
@@ -290,11 +307,13 @@ class DreamerConfig:
                 raise ConfigError(f"{name}: expected one of {known}, got {value!r}{suggest(str(value), known)}")
         if self.cell == "block_gru" and self.deter_size % self.blocks:
             raise ConfigError(f"deter_size: must be divisible by blocks={self.blocks}, got {self.deter_size}")
-        smallest = self.num_envs * (self.batch_length + self.replay_context)
+        if self.actors > 1 and not self.parallel:
+            raise ConfigError(f"actors: expected 1 without parallel, got {self.actors}")
+        smallest = self.actors * self.num_envs * (self.batch_length + self.replay_context)
         if self.replay_capacity < smallest:
             raise ConfigError(
-                f"replay_capacity: expected at least num_envs*(batch_length + replay_context) = {smallest} steps, "
-                f"got {self.replay_capacity}"
+                f"replay_capacity: expected at least {'actors*' * (self.actors > 1)}num_envs*(batch_length + "
+                f"replay_context) = {smallest} steps, got {self.replay_capacity}"
             )
         if self.imagine_last is not None and self.imagine_last > self.batch_length:
             raise ConfigError(

@@ -95,6 +95,7 @@ BAD = [
         ("exploration_noise", -0.1), ("slow_critic_every", 0), ("weight_decay", -1e-6), ("grad_clip", 0.0),
         ("actor_learning_rate", 0.0), ("critic_learning_rate", -1.0), ("actor_mix", 1.1),
         ("slot_message_size", -1), ("slot_message_size", 6), ("l1_coeff", -0.1), ("slot_coeff", -1),
+        ("actors", 0), ("actors", 2), ("publish_every", -1.0), ("control_rate", 0.0),
         ("depth_mults", ()), ("depth_mults", (2, 0)), ("depth_mults", (1.5,)),
     ]),
     # Of the wrong kind, or not finite.
@@ -104,7 +105,7 @@ BAD = [
     # Names.
     ("size", "13m"), ("env_backend", "openai"), ("cell", "lstm"), ("initial", "ones"), ("norm", "batch"),
     ("act", "swish"), ("actor_dist", "normal"), ("replay_selector", "newest"),
-    ("agent", "dreamer_v4"), ("actor_gradient", "pathwise"),
+    ("agent", "dreamer_v4"), ("actor_gradient", "pathwise"), ("actor_backend", "threads"),
     ("slot_mode", "slots"), ("slot_initial", "zeros"), ("slot_predictor", True),
 ]  # fmt: skip
 
