@@ -19,7 +19,7 @@ class DreamerConfig:
     # -- Task
     preset: str = "dreamer_v3"
     """Preset whose values the other options start from."""
-    agent: Literal["dreamer_v1", "dreamer_v2", "dreamer_v3"] = "dreamer_v3"
+    agent: Literal["dreamer_v1", "dreamer_v2", "dreamer_v3", "daydreamer"] = "dreamer_v3"
     """Whose losses, behaviour and optimiser: a file of phyxdream/agents each."""
     env_backend: Literal["envpool", "gym", "dmc", "robotics", "unity_mlagents"] = "envpool"
     """Where `env` is looked up when it carries no "backend:" prefix."""
@@ -67,8 +67,8 @@ class DreamerConfig:
     publish_every: float = 2.0
     """Of a parallel run: seconds between the weights that actors get."""
     control_rate: float | None = None
-    """Most actions a second in each environment while training, as a robot's control loop has it (None: as fast as it
-    goes)."""
+    """Actions a second at most, in each environment: while training, a step takes as long as on a robot with this
+    control loop (None: as long as it takes)."""
     resume_replay_seconds: float = 120.0
     """Most seconds spent on re-stepping environments at --resume; beyond it new episodes start instead."""
 
@@ -194,7 +194,8 @@ class DreamerConfig:
     exploration_noise: float = 0.0
     """Of V1 and V2: standard deviation of what is added to continuous actions, share of discrete ones drawn anew."""
     return_norm_rate: float = 0.01
-    """Rate of the moving 5th and 95th return percentiles that scale advantages."""
+    """Rate of the moving 5th and 95th return percentiles that scale advantages; of their moving standard deviation in
+    DayDreamer."""
     slow_critic_rate: float = 0.02
     slow_critic_every: int = 100
     """Updates between copies of V2's critic to its slow one."""
@@ -296,7 +297,8 @@ class DreamerConfig:
             cell=("gru", "layernorm_gru", "block_gru"), initial=("zeros", "learned"), norm=("rms", "layer", "none"),
             act=("silu", "elu", "relu", "gelu"), replay_selector=("uniform", "recency", "prioritized", "curious"),
             actor_dist=(None, "categorical", "bounded_normal", "tanh_normal"),
-            agent=("dreamer_v1", "dreamer_v2", "dreamer_v3"), actor_gradient=(None, "reinforce", "dynamics", "both"),
+            agent=("dreamer_v1", "dreamer_v2", "dreamer_v3", "daydreamer"),
+            actor_gradient=(None, "reinforce", "dynamics", "both"),
             actor_backend=("process", "ray"),
             slot_mode=(None, "embed", "per_slot"), slot_initial=("learned", "gaussian"),
         )  # fmt: skip
@@ -397,6 +399,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         critic_learning_rate=1e-4, prefill=50_000, train_ratio=50.0, total_steps=50_000_000,
     ),
     "dreamer_v1": _V1,
+    # Robots: the learner never rests, and a robot waits only for one that is far too slow.
+    "daydreamer": _V2 | dict(
+        agent="daydreamer", parallel=True, action_repeat=1, deter_size=512, hidden_size=512, units=512, depth=64,
+        norm="layer", unimix=0.01, initial="learned", continue_coeff=1.0, discount=0.995, entropy_coeff=3e-3,
+        batch_size=32, batch_length=32, learning_rate=1e-4, actor_learning_rate=1e-4, critic_learning_rate=1e-4,
+        adam_eps=1e-6, prefill=2000, train_ratio=64.0,
+    ),
     # What bare `phyxdream train` runs: 10x5 pictures, episodes of nine steps, minutes on two CPU cores.
     "catch": dict(
         env="Catch-v0", total_steps=16_000, size="1m", deter_size=128, stoch_size=16, classes=8, batch_size=32,

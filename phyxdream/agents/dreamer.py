@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from phyxdream import distributed
 from phyxdream.agents.config import DreamerConfig
+from phyxdream.agents.daydreamer import DayDreamer
 from phyxdream.agents.dreamer_v1 import DreamerV1
 from phyxdream.agents.dreamer_v2 import DreamerV2
 from phyxdream.agents.dreamer_v3 import DreamerV3
@@ -33,7 +34,8 @@ RESERVED = (*FLAGS, "action", "reward", "deter", "stoch", "slots", "step_id", "p
             "dynamics", "representation", "continue", "actor", "critic", "replay_critic", "total")  # fmt: skip
 
 
-DESIGNS = {"dreamer_v1": DreamerV1, "dreamer_v2": DreamerV2, "dreamer_v3": DreamerV3}
+DESIGNS = {"dreamer_v1": DreamerV1, "dreamer_v2": DreamerV2, "dreamer_v3": DreamerV3,
+           "daydreamer": DayDreamer}  # fmt: skip
 
 
 @dataclass

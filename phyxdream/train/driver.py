@@ -45,14 +45,14 @@ class Driver:
     actions bring them back exactly (`replay_actions`). Recording ends after `budget` seconds of stepping, when
     bringing them back would take longer than a user wants to wait.
 
-    With a `rate`, an action is taken no sooner than 1 / rate seconds after the one before, as a robot's control loop
-    does it.
+    With a `rate`, a step takes at least 1 / rate seconds, as on a robot, where an action has to be carried out before
+    there is something new to see.
     """
 
     def __init__(self, env: VectorEnv, budget: float = 0.0, rate: float | None = None):
         self.env, self.budget = env, budget
         self.seconds = 0.0
-        self._period, self._due = 1 / rate if rate else 0.0, time.monotonic()
+        self._period = 1 / rate if rate else 0.0
         self.discrete = not env.single_action_space.shape
         self._returns = np.zeros(env.num_envs)
         self._lengths = np.zeros(env.num_envs, np.int64)
@@ -68,10 +68,11 @@ class Driver:
         Returns how many environments acted (the others began a new episode and ignored their action), and the
         episodes that ended.
         """
+        seen = time.monotonic() + self._period
+        result = self._step(action)
         if self._period:
-            time.sleep(max(0.0, self._due - time.monotonic()))
-            self._due = time.monotonic() + self._period
-        return self._step(action)
+            time.sleep(max(0.0, seen - time.monotonic()))
+        return result
 
     def _step(self, action: np.ndarray) -> tuple[int, list[Episode]]:
         start = time.perf_counter()
