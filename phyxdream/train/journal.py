@@ -67,16 +67,15 @@ class Journal:
             if number < first:
                 continue
             try:
-                data = memoryview(path.read_bytes())
+                with open(path, "rb") as file:
+                    while len(head := file.read(_HEAD.size)) == _HEAD.size:
+                        length, checksum = _HEAD.unpack(head)
+                        message = file.read(length)
+                        if len(message) < length or zlib.crc32(message) != checksum:
+                            break
+                        yield message
             except OSError as e:
                 raise self._error("read", e) from e
-            while len(data) >= _HEAD.size:
-                length, checksum = _HEAD.unpack_from(data)
-                message = bytes(data[_HEAD.size : _HEAD.size + length])
-                if len(message) < length or zlib.crc32(message) != checksum:
-                    break
-                yield message
-                data = data[_HEAD.size + length :]
 
     def drop_before(self, number: int) -> None:
         """Remove the files before this one."""
