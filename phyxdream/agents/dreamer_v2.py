@@ -57,7 +57,7 @@ class DreamerV2(DreamerV1):
         value = self.critic(feature[:-1].detach())
         losses = {
             "actor": -(weight[:-2] * (objective + c.entropy_coeff * entropy)).mean(),
-            "critic": 0.5 * (weight[:-1] * (value.mean - targets.detach()).square()).mean(),
+            "critic": (weight[:-1] * value.loss(targets.detach())).mean(),
         }
         metrics = {"imagined_return": targets.detach().mean(), "imagined_reward": reward.detach()[1:].mean(),
                    "value": value.mean.detach().mean(), "entropy": entropy.detach().mean()}  # fmt: skip
