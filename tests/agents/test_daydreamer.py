@@ -1,6 +1,7 @@
 """DayDreamer: one set of hyperparameters for all tasks, all sensors at once, actor and learner side by side."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from gymnasium import spaces
 
 from phyxdream.agents import DayDreamer, DreamerAgent, DreamerConfig, preset
-from phyxdream.agents.daydreamer import MovingDeviation
+from phyxdream.agents.daydreamer import MovingDeviation, Symlog
 
 SMALL = dict(
     batch_size=3, batch_length=6, units=16, deter_size=16, hidden_size=16, embed_size=16, imagine_horizon=4, depth=2,
@@ -47,6 +48,17 @@ def test_a_moving_deviation_by_hand():
     assert deviation(torch.tensor([1.0, 3.0])).item() == pytest.approx(1.0)
     assert deviation(torch.zeros(3)).item() == pytest.approx(11**0.5 / 3)
     assert MovingDeviation()(torch.full((4,), 7.0)).item() > 0
+
+
+def test_scalars_in_symlog_space_by_hand(make):
+    """symlog(e² − 1) = 2: half of (0.5 − 2)². And e^0.5 − 1 is what 0.5 stands for."""
+    found = Symlog(torch.tensor([0.5, -0.5]))
+    assert found.mean.tolist() == pytest.approx([math.exp(0.5) - 1, 1 - math.exp(0.5)])
+    assert found.loss(torch.tensor([math.exp(2) - 1, 0.0])).tolist() == pytest.approx([1.125, 0.125])
+    model = make("Discrete").model
+    feature = torch.zeros(4, model.world_model.rssm.feature_size)
+    for head in (model.critic, model.slow_critic, model.world_model.reward):
+        assert isinstance(head(feature), Symlog)
 
 
 def test_one_set_of_hyperparameters(make):
