@@ -45,7 +45,7 @@ class Block:
     Attributes:
         actor, incarnation: which actor, and how often it was started before.
         first: the number of its first row, counted from 0 in each incarnation.
-        updates: the age of the weights that acted, in updates of the learner when they were published.
+        updates: after how many of the learner's updates the weights that acted were published.
         ago: (K,) seconds before it was given away that each row was acted on.
         episodes: those that ended with one of these rows.
         rows: what `Replay.add` takes at each step, (K, N, ...).
