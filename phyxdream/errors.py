@@ -30,6 +30,10 @@ class DistributedError(PhyxdreamError, RuntimeError):
     """The processes that learn together cannot reach each other any more."""
 
 
+class ActorError(PhyxdreamError, RuntimeError):
+    """An actor of a parallel run that does not come to life, or that gives what cannot be."""
+
+
 class ReplayClosed(PhyxdreamError, RuntimeError):
     """The replay, or its loader, was closed: whoever waited for it may stop."""
 

@@ -1,6 +1,7 @@
 """Agents of the Dreamer family."""
 
 from phyxdream.agents.config import PRESETS, SIZES, DreamerConfig, preset
+from phyxdream.agents.daydreamer import DayDreamer
 from phyxdream.agents.dreamer import Carry, DreamerAgent, Update
 from phyxdream.agents.dreamer_v1 import DreamerV1
 from phyxdream.agents.dreamer_v2 import DreamerV2
@@ -15,6 +16,7 @@ __all__ = [
     "PRESETS",
     "SIZES",
     "Carry",
+    "DayDreamer",
     "DreamerAgent",
     "DreamerConfig",
     "DreamerV1",

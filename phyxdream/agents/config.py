@@ -20,7 +20,8 @@ class DreamerConfig:
     preset: str = "dreamer_v3"
     """Preset whose values the other options start from."""
     agent: Literal[
-        "dreamer_v1", "dreamer_v2", "dreamer_v3", "planet", "dreaming", "dreaming_v2", "world_models"
+        "dreamer_v1", "dreamer_v2", "dreamer_v3", "planet", "dreaming", "dreaming_v2", "daydreamer",
+        "world_models"
     ] = "dreamer_v3"  # fmt: skip
     """Whose losses, behaviour and optimiser: a file of phyxdream/agents each."""
     env_backend: Literal["envpool", "gym", "dmc", "robotics", "unity_mlagents"] = "envpool"
@@ -58,6 +59,20 @@ class DreamerConfig:
     eval_episodes: int = 20
     checkpoint_every: float = 300.0
     """Seconds between checkpoints."""
+    parallel: bool = False
+    """Act in processes of their own while this one learns, each as fast as it can (DayDreamer), instead of by turns. On
+    the CPU; environments that a script registers are found as "gym:module:Id-v0". Such a run cannot be repeated bit for
+    bit."""
+    actors: int = 1
+    """Of a parallel run: how many actors, with `num_envs` environments each."""
+    actor_backend: Literal["process", "ray"] = "process"
+    """Where actors run: processes of this machine, or wherever Ray places them (pip install "phyxdream[ray]"): the
+    cluster of RAY_ADDRESS, else one it starts here."""
+    publish_every: float = 2.0
+    """Of a parallel run: seconds between the weights that actors get."""
+    control_rate: float | None = None
+    """Actions a second at most, in each environment: while training, a step takes as long as on a robot with this
+    control loop (None: as long as it takes)."""
     resume_replay_seconds: float = 120.0
     """Most seconds spent on re-stepping environments at --resume; beyond it new episodes start instead."""
 
@@ -70,7 +85,8 @@ class DreamerConfig:
     """Sequences of an update; under torchrun, of each process: N processes learn from N * batch_size."""
     batch_length: int = 64
     train_ratio: float = 32.0
-    """Replayed steps per environment step (after action repeat)."""
+    """Replayed steps per environment step (after action repeat). Of a parallel run the least: it learns on while actors
+    act, and they wait where they are too far ahead."""
     replay_context: int = 1
     """Steps before every trained sequence: the model goes on from the state stored with the first of them, filters the
     others without gradient, and stores the states of the trained steps anew. 0 starts from the initial state."""
@@ -219,7 +235,8 @@ class DreamerConfig:
     """Of V1, V2, World Models and planners: standard deviation of what is added to continuous actions, share of
     discrete ones drawn anew."""
     return_norm_rate: float = 0.01
-    """Rate of the moving 5th and 95th return percentiles that scale advantages."""
+    """Rate of the moving 5th and 95th return percentiles that scale advantages; of their moving standard deviation in
+    DayDreamer."""
     slow_critic_rate: float = 0.02
     slow_critic_every: int = 100
     """Updates between copies of V2's critic to its slow one."""
@@ -317,7 +334,7 @@ class DreamerConfig:
             image_bits=1, overshooting=0, overshooting_coeff=0, plan_horizon=1, plan_candidates=1, plan_iterations=1,
             plan_elites=1,
             mixtures=1, population=4, dreams=1, evolve_after=0, evolve_every=1,
-            contrastive_coeff=0, crop_pixels=0,
+            contrastive_coeff=0, crop_pixels=0, actors=1, publish_every=0,
         )  # fmt: skip
         kinds = {f.name: str(f.type) for f in fields(self)}
         for name, low in at_least.items():
@@ -327,7 +344,7 @@ class DreamerConfig:
                 raise ConfigError(f"{name}: expected {'an' if kind == 'integer' else 'a'} {kind} of at least {low}, "
                                   f"got {value!r}")  # fmt: skip
         for name in ("train_ratio", "learning_rate", "agc", "actor_learning_rate", "critic_learning_rate", "grad_clip",
-                     "dream_temperature", "cma_sigma"):  # fmt: skip
+                     "dream_temperature", "cma_sigma", "control_rate"):  # fmt: skip
             value = getattr(self, name)
             if not (_is_number(value) and value > 0) and not (value is None and "None" in kinds[name]):
                 raise ConfigError(f"{name}: expected a positive number, got {value!r}")
@@ -346,8 +363,10 @@ class DreamerConfig:
             cell=("gru", "layernorm_gru", "block_gru"), initial=("zeros", "learned"), norm=("rms", "layer", "none"),
             act=("silu", "elu", "relu", "gelu"), replay_selector=("uniform", "recency", "prioritized", "curious"),
             actor_dist=(None, "categorical", "bounded_normal", "tanh_normal"),
-            agent=("dreamer_v1", "dreamer_v2", "dreamer_v3", "planet", "dreaming", "dreaming_v2", "world_models"),
+            agent=("dreamer_v1", "dreamer_v2", "dreamer_v3", "planet", "dreaming", "dreaming_v2", "daydreamer",
+                   "world_models"),
             actor_gradient=(None, "reinforce", "dynamics", "both"), dream_start=("episode", "anywhere"),
+            actor_backend=("process", "ray"),
             slot_mode=(None, "embed", "per_slot"), slot_initial=("learned", "gaussian"),
             behaviour=("actor_critic", "planner"), plan_noise=("common", "own"),
             representation=("reconstruction", "contrastive", "reward_only"),
@@ -360,11 +379,13 @@ class DreamerConfig:
                 raise ConfigError(f"{name}: expected one of {known}, got {value!r}{suggest(str(value), known)}")
         if self.cell == "block_gru" and self.deter_size % self.blocks:
             raise ConfigError(f"deter_size: must be divisible by blocks={self.blocks}, got {self.deter_size}")
-        smallest = self.num_envs * (self.batch_length + self.replay_context)
+        if self.actors > 1 and not self.parallel:
+            raise ConfigError(f"actors: expected 1 without parallel, got {self.actors}")
+        smallest = self.actors * self.num_envs * (self.batch_length + self.replay_context)
         if self.replay_capacity < smallest:
             raise ConfigError(
-                f"replay_capacity: expected at least num_envs*(batch_length + replay_context) = {smallest} steps, "
-                f"got {self.replay_capacity}"
+                f"replay_capacity: expected at least {'actors*' * (self.actors > 1)}num_envs*(batch_length + "
+                f"replay_context) = {smallest} steps, got {self.replay_capacity}"
             )
         if self.imagine_last is not None and self.imagine_last > self.batch_length:
             raise ConfigError(
@@ -501,6 +522,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "world_models": _WORLD_MODELS,
     "dreaming": _V1 | _DREAMING | dict(agent="dreaming"),
     "dreaming_v2": _V2 | _DREAMING | dict(agent="dreaming_v2"),
+    # Robots: the learner never rests, and a robot waits only for one that is far too slow.
+    "daydreamer": _V2 | dict(
+        agent="daydreamer", parallel=True, action_repeat=1, deter_size=512, hidden_size=512, units=512, depth=64,
+        norm="layer", unimix=0.01, initial="learned", continue_coeff=1.0, discount=0.995, entropy_coeff=3e-3,
+        batch_size=32, batch_length=32, learning_rate=1e-4, actor_learning_rate=1e-4, critic_learning_rate=1e-4,
+        adam_eps=1e-6, prefill=2000, train_ratio=64.0,
+    ),
     # What bare `phyxdream train` runs: 10x5 pictures, episodes of nine steps, minutes on two CPU cores.
     "catch": dict(
         env="Catch-v0", total_steps=16_000, size="1m", deter_size=128, stoch_size=16, classes=8, batch_size=32,

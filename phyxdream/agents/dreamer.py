@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from phyxdream import distributed
 from phyxdream.agents.config import DreamerConfig
+from phyxdream.agents.daydreamer import DayDreamer
 from phyxdream.agents.dreamer_v1 import DreamerV1
 from phyxdream.agents.dreamer_v2 import DreamerV2
 from phyxdream.agents.dreamer_v3 import DreamerV3
@@ -38,7 +39,8 @@ RESERVED = (*FLAGS, "action", "reward", "deter", "stoch", "slots", "step_id", "p
 
 
 DESIGNS = {"dreamer_v1": DreamerV1, "dreamer_v2": DreamerV2, "dreamer_v3": DreamerV3, "planet": PlaNet,
-           "dreaming": Dreaming, "dreaming_v2": DreamingV2, "world_models": WorldModels}  # fmt: skip
+           "dreaming": Dreaming, "dreaming_v2": DreamingV2, "daydreamer": DayDreamer,
+           "world_models": WorldModels}  # fmt: skip
 
 
 @dataclass

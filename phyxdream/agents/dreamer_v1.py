@@ -152,7 +152,7 @@ class DreamerV1(ActorLearner):
         value = self.critic(feature[:-1].detach())
         losses = {
             "actor": -(weight * targets).mean(),
-            "critic": 0.5 * (weight * (value.mean - targets.detach()).square()).mean(),
+            "critic": (weight * value.loss(targets.detach())).mean(),
         }
         metrics = {"imagined_return": targets.detach().mean(), "imagined_reward": reward.detach().mean(),
                    "value": value.mean.detach().mean()}  # fmt: skip

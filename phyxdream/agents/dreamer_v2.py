@@ -50,19 +50,24 @@ class DreamerV2(DreamerV1):
         weight = state_weights(discount)
         policy = self.actor(feature[:-2].detach())
         objective = (1 - self.mix) * targets[1:]  # the action at a state is paid from the next one on
+        with torch.no_grad():
+            advantage = targets[1:] - self.slow_critic(feature[:-2]).mean
         if self.mix:
-            with torch.no_grad():
-                advantage = targets[1:] - self.slow_critic(feature[:-2]).mean
             objective = objective + self.mix * policy.log_prob(action[:-1].detach()) * advantage
+        objective = objective / self.scale(advantage)
         entropy = policy.entropy(generator)
         value = self.critic(feature[:-1].detach())
         losses = {
             "actor": -(weight[:-2] * (objective + c.entropy_coeff * entropy)).mean(),
-            "critic": 0.5 * (weight[:-1] * (value.mean - targets.detach()).square()).mean(),
+            "critic": (weight[:-1] * value.loss(targets.detach())).mean(),
         }
         metrics = {"imagined_return": targets.detach().mean(), "imagined_reward": reward.detach()[1:].mean(),
                    "value": value.mean.detach().mean(), "entropy": entropy.detach().mean()}  # fmt: skip
         return losses, metrics
+
+    def scale(self, advantage: Tensor) -> Tensor | float:
+        """What the actor's objective is divided by, given the advantages (H-1, N) of this update: nothing."""
+        return 1.0
 
     def after_update(self) -> None:
         """What follows each optimiser step: every `slow_critic_every` of them, the slow critic becomes the critic."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -170,8 +171,11 @@ def make(
     """
     options = dict(options)
     vectorization = options.pop("vectorization", "sync")
+    module, _, name = id.rpartition(":")
     try:
-        spec = gymnasium.spec(id)
+        if module:
+            importlib.import_module(module)
+        spec = gymnasium.spec(name)
     except (gymnasium.error.Error, ImportError) as error:
         raise EnvError(f"gymnasium has no environment {id!r}{suggest(id, list_ids())} ({error})") from None
     finish = None

@@ -44,11 +44,15 @@ class Driver:
     The actions since the environments were made are kept too: environments cannot be saved, but the same seed and
     actions bring them back exactly (`replay_actions`). Recording ends after `budget` seconds of stepping, when
     bringing them back would take longer than a user wants to wait.
+
+    With a `rate`, a step takes at least 1 / rate seconds, as on a robot, where an action has to be carried out before
+    there is something new to see.
     """
 
-    def __init__(self, env: VectorEnv, budget: float = 0.0):
+    def __init__(self, env: VectorEnv, budget: float = 0.0, rate: float | None = None):
         self.env, self.budget = env, budget
         self.seconds = 0.0
+        self._period = 1 / rate if rate else 0.0
         self.discrete = not env.single_action_space.shape
         self._returns = np.zeros(env.num_envs)
         self._lengths = np.zeros(env.num_envs, np.int64)
@@ -64,6 +68,13 @@ class Driver:
         Returns how many environments acted (the others began a new episode and ignored their action), and the
         episodes that ended.
         """
+        seen = time.monotonic() + self._period
+        result = self._step(action)
+        if self._period:
+            time.sleep(max(0.0, seen - time.monotonic()))
+        return result
+
+    def _step(self, action: np.ndarray) -> tuple[int, list[Episode]]:
         start = time.perf_counter()
         observation, reward, _, _, self.info = self.env.step(action)
         self.seconds += time.perf_counter() - start
@@ -93,4 +104,4 @@ class Driver:
     def replay_actions(self, actions: np.ndarray) -> None:
         """Bring fresh environments to where the recorded actions had led them."""
         for action in actions:
-            self.step(action.astype(np.int64) if self.discrete else action)
+            self._step(action.astype(np.int64) if self.discrete else action)

@@ -11,7 +11,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -61,6 +61,8 @@ class Window:
     updates: int = 0
     returns: list[float] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
+    rows: int = 0
+    row_sums: dict[str, float] = field(default_factory=dict)
 
     def add_update(self, metrics: dict[str, Tensor]) -> dict[str, float]:
         """Take in an update's metrics, means over all processes; returns them as numbers, brought over in one
@@ -75,8 +77,15 @@ class Window:
         self.returns += [e.episode_return for e in episodes]
         self.lengths += [e.length for e in episodes]
 
+    def add_rows(self, count: int, sums: dict[str, float]) -> None:
+        """Take in what is known of so many rows, summed over them."""
+        for name, value in sums.items():
+            self.row_sums[name] = self.row_sums.get(name, 0.0) + value
+        self.rows += count
+
     def means(self) -> dict[str, float]:
         values = {name: total / self.updates for name, total in self.sums.items()}
+        values |= {name: total / self.rows for name, total in self.row_sums.items()}
         if self.returns:
             values |= {"episode/return": float(np.mean(self.returns)), "episode/length": float(np.mean(self.lengths)),
                        "episode/count": len(self.returns)}  # fmt: skip
@@ -97,26 +106,28 @@ class Counters:
     restarts: int = 0
 
 
-class Session:
-    """One run in progress: everything that a checkpoint holds, and how to write and read it."""
+class Learning:
+    """One run in progress, whoever acts in it: agent, replay, counters, and how they are saved and read.
 
-    def __init__(self, agent: DreamerAgent):
+    Args:
+        agent: learns.
+        num_envs: environments whose steps the replay keeps.
+    """
+
+    def __init__(self, agent: DreamerAgent, num_envs: int):
         c = self.config = agent.config
         self.agent = agent
         self.run: Run | None = None
         self.counters = Counters(next_log=c.log_every, next_eval=c.eval_every)
         self.window = Window()
-        self.carry: Carry | None = None
         self.seed = distributed.own_seed(c.seed)
-        self.replay = Replay(agent.replay_spec, c.replay_capacity, c.num_envs, self.seed, latents=agent.latent_spec,
+        self.replay = Replay(agent.replay_spec, c.replay_capacity, num_envs, self.seed, latents=agent.latent_spec,
                              selector=SELECTORS[c.replay_selector])  # fmt: skip
-        self.driver = Driver(make_env(c, seed=self.seed), budget=c.resume_replay_seconds)
         self.loader = self._make_loader()
 
     def close(self) -> None:
         self.loader.close()
         self.replay.close()
-        self.driver.env.close()
 
     def _make_loader(self) -> Loader:
         c, device = self.config, self.agent.device
@@ -128,38 +139,18 @@ class Session:
             online=c.replay_online, force_is_first=not c.replay_context,
         )  # fmt: skip
 
-    def save(self) -> Path:
-        """Write a checkpoint of this very moment; `CheckpointError` leaves the last one untouched."""
+    def _save(self, acting: dict[str, Tensor], state: dict[str, Any]) -> Path:
+        """Write a checkpoint of this very moment, with tensors and JSON of whoever acts; `CheckpointError` leaves the
+        last one untouched."""
         tensors = self.agent.tensors()
         if not distributed.is_first():  # the same in all processes but for the random numbers
             tensors = {"generators": tensors["generators"]}
-        tensors["acting"] = _pack_carry(self.carry)
-        actions = self.driver.actions
-        if actions is not None:
-            tensors["acting"]["env_actions"] = torch.from_numpy(_narrow(actions))
-        seconds = max(distributed.gather_objects(self.driver.seconds))
-        state = {"counters": asdict(self.counters), "window": asdict(self.window), "env_seconds": seconds}
+        tensors["acting"] = acting
+        state = {"counters": asdict(self.counters), "window": asdict(self.window), **state}
         return checkpoint.save(self.run, self.counters.steps, tensors, state, self.replay)
 
-    def restore(self, path: Path) -> str:
-        """Go on from a checkpoint; returns a sentence on how the environments were brought back."""
-        acting, env_seconds = distributed.together(lambda: self._read(path))
-        actions = acting.pop("env_actions", None)
-        self.carry = _unpack_carry(acting, self.agent.device)
-        exactly = actions is not None and env_seconds <= self.config.resume_replay_seconds
-        if all(distributed.gather_objects(exactly)):
-            if self.counters.restarts:
-                self._restart_envs()
-            self.driver.replay_actions(actions.numpy())
-            return f"environments brought back exactly by replaying {len(actions)} steps"
-        # New episodes under a new seed. The recurrent state is reset by is_first, and sampling takes the last step
-        # before it for the end of the episode that was left.
-        self.counters.restarts += 1
-        self._restart_envs()
-        return f"environments start new episodes (replaying {env_seconds:.0f} s of steps exceeds resume_replay_seconds)"
-
-    def _read(self, path: Path) -> tuple[dict[str, Tensor], float]:
-        """All of a checkpoint but the environments: how they were acting, and how long they took, is returned."""
+    def _read(self, path: Path) -> checkpoint.Checkpoint:
+        """Go on from a checkpoint in all but acting."""
         wrote, now = checkpoint.world_size(path), distributed.world_size()
         if wrote != now:
             how = f"start {wrote} processes with torchrun" if wrote > 1 else "start it without torchrun"
@@ -168,6 +159,9 @@ class Session:
         found = checkpoint.load(path, distributed.rank())
         if found.replay_path is None:
             raise CheckpointError(f"{path}: it holds no replay to go on with")
+        if (parallel := "actors" in found.state) != self.config.parallel:
+            raise CheckpointError(f"{path} was written by a run with parallel={parallel}, this configuration has "
+                                  f"{self.config.parallel}: resume it as it was")  # fmt: skip
         replay = Replay.load(found.replay_path)
         for name in ("spec", "latents", "num_envs", "selector"):
             stored, own = getattr(replay, name), getattr(self.replay, name)
@@ -179,43 +173,35 @@ class Session:
         self.replay = replay
         self.loader = self._make_loader()
         self.counters, self.window = Counters(**found.state["counters"]), Window(**found.state["window"])
-        return dict(found.tensors["acting"]), found.state["env_seconds"]
-
-    def _restart_envs(self) -> None:
-        self.driver.env.close()
-        seed = self.seed + 10_007 * self.counters.restarts
-        self.driver = Driver(make_env(self.config, seed=seed), budget=self.config.resume_replay_seconds)
+        return found
 
     # -----------------------------------------------------------------------------------------------------------------
+    # What depends on who acts.
+
+    def save(self) -> Path:
+        """Write a checkpoint of this very moment; `CheckpointError` leaves the last one untouched."""
+        raise NotImplementedError
+
+    def restore(self, path: Path) -> str:
+        """Go on from a checkpoint; returns a sentence on how the environments were brought back."""
+        raise NotImplementedError
+
+    def begin(self, say: Callable[[str], None]) -> None:
+        """Called once before the first step; `say` shows the user a sentence."""
 
     def step(self) -> None:
-        """One action everywhere, and the updates that the train ratio then allows."""
-        c, n, row = self.config, self.counters, self.driver.row
-        action, self.carry = self.agent.act(row, row["is_first"], self.carry)
-        # A step enters the replay once the state after it is known; the newest one waits in the driver.
-        self.replay.add(row | self.agent.latents(self.carry))
-        acted, finished = self.driver.step(action)
-        ready = self.replay.ready(c.batch_size, c.batch_length + c.replay_context)
-        acted, finished, ready = self._everywhere(acted, finished, ready)
-        n.actions += acted
-        n.steps += acted * c.action_repeat
-        n.episodes += len(finished)
-        self.window.add_episodes(finished)
-        while ready and n.updates < self.updates_due():
-            self.update()
-            n.updates += 1
+        """Some acting, or learning, or both."""
+        raise NotImplementedError
 
-    def _everywhere(self, acted: int, finished: list[Episode], ready: bool) -> tuple[int, list[Episode], bool]:
-        """The actions and finished episodes of all processes, and whether all of their replays are ready."""
-        if distributed.world_size() == 1:
-            return acted, finished, ready
-        row = torch.zeros(self.config.num_envs + 1, 2, dtype=torch.float64)  # of one size, whatever has happened
-        row[0, 0], row[0, 1] = acted, ready
-        for i, episode in enumerate(finished, 1):
-            row[i, 0], row[i, 1] = episode.episode_return, episode.length
-        rows = distributed.gather(row)
-        episodes = [Episode(r, int(length)) for r, length in rows[:, 1:].flatten(0, 1).tolist() if length]
-        return int(rows[:, 0, 0].sum()), episodes, bool(rows[:, 0, 1].all())
+    def end(self) -> None:
+        """Called after the last step, if no error came between."""
+
+    @property
+    def done(self) -> bool:
+        """Whether the run is at its end."""
+        return self.counters.steps >= self.config.total_steps
+
+    # -----------------------------------------------------------------------------------------------------------------
 
     def update(self) -> None:
         """One gradient step on the next batch; what it found out about the replayed steps goes back to the replay."""
@@ -260,6 +246,80 @@ class Session:
         return result
 
 
+class Session(Learning):
+    """A run that acts and learns by turns: one action everywhere, then the updates that the train ratio allows."""
+
+    def __init__(self, agent: DreamerAgent):
+        super().__init__(agent, agent.config.num_envs)
+        self.carry: Carry | None = None
+        self.driver = self._make_driver(self.seed)
+
+    def close(self) -> None:
+        super().close()
+        self.driver.env.close()
+
+    def _make_driver(self, seed: int) -> Driver:
+        c = self.config
+        return Driver(make_env(c, seed=seed), budget=c.resume_replay_seconds, rate=c.control_rate)
+
+    def save(self) -> Path:
+        acting = _pack_carry(self.carry)
+        actions = self.driver.actions
+        if actions is not None:
+            acting["env_actions"] = torch.from_numpy(_narrow(actions))
+        return self._save(acting, {"env_seconds": max(distributed.gather_objects(self.driver.seconds))})
+
+    def restore(self, path: Path) -> str:
+        found = distributed.together(lambda: self._read(path))
+        acting, env_seconds = dict(found.tensors["acting"]), found.state["env_seconds"]
+        actions = acting.pop("env_actions", None)
+        self.carry = _unpack_carry(acting, self.agent.device)
+        exactly = actions is not None and env_seconds <= self.config.resume_replay_seconds
+        if all(distributed.gather_objects(exactly)):
+            if self.counters.restarts:
+                self._restart_envs()
+            self.driver.replay_actions(actions.numpy())
+            return f"environments brought back exactly by replaying {len(actions)} steps"
+        # New episodes under a new seed. The recurrent state is reset by is_first, and sampling takes the last step
+        # before it for the end of the episode that was left.
+        self.counters.restarts += 1
+        self._restart_envs()
+        return f"environments start new episodes (replaying {env_seconds:.0f} s of steps exceeds resume_replay_seconds)"
+
+    def _restart_envs(self) -> None:
+        self.driver.env.close()
+        self.driver = self._make_driver(self.seed + 10_007 * self.counters.restarts)
+
+    def step(self) -> None:
+        """One action everywhere, and the updates that the train ratio then allows."""
+        c, n, row = self.config, self.counters, self.driver.row
+        action, self.carry = self.agent.act(row, row["is_first"], self.carry)
+        # A step enters the replay once the state after it is known; the newest one waits in the driver.
+        self.replay.add(row | self.agent.latents(self.carry))
+        acted, finished = self.driver.step(action)
+        ready = self.replay.ready(c.batch_size, c.batch_length + c.replay_context)
+        acted, finished, ready = self._everywhere(acted, finished, ready)
+        n.actions += acted
+        n.steps += acted * c.action_repeat
+        n.episodes += len(finished)
+        self.window.add_episodes(finished)
+        while ready and n.updates < self.updates_due():
+            self.update()
+            n.updates += 1
+
+    def _everywhere(self, acted: int, finished: list[Episode], ready: bool) -> tuple[int, list[Episode], bool]:
+        """The actions and finished episodes of all processes, and whether all of their replays are ready."""
+        if distributed.world_size() == 1:
+            return acted, finished, ready
+        row = torch.zeros(self.config.num_envs + 1, 2, dtype=torch.float64)  # of one size, whatever has happened
+        row[0, 0], row[0, 1] = acted, ready
+        for i, episode in enumerate(finished, 1):
+            row[i, 0], row[i, 1] = episode.episode_return, episode.length
+        rows = distributed.gather(row)
+        episodes = [Episode(r, int(length)) for r, length in rows[:, 1:].flatten(0, 1).tolist() if length]
+        return int(rows[:, 0, 0].sum()), episodes, bool(rows[:, 0, 1].all())
+
+
 def train(agent: DreamerAgent, resume: bool = False, quiet: bool = False) -> TrainResult:
     """Train `agent` to `config.total_steps` in its run directory.
 
@@ -274,11 +334,19 @@ def train(agent: DreamerAgent, resume: bool = False, quiet: bool = False) -> Tra
     keep_freed_memory()
     distributed.join(agent.device)
     _agree(agent)
-    session = Session(agent)  # before all else: an environment that cannot be made leaves no run directory behind
+    session = _session(agent)  # before all else: an environment that cannot be made leaves no run directory behind
     try:
         return _train(session, resume, quiet)
     finally:
         session.close()
+
+
+def _session(agent: DreamerAgent) -> Learning:
+    if not agent.config.parallel:
+        return Session(agent)
+    from phyxdream.train.parallel import ParallelSession
+
+    return ParallelSession(agent)
 
 
 def _agree(agent: DreamerAgent) -> None:
@@ -292,7 +360,7 @@ def _agree(agent: DreamerAgent) -> None:
     distributed.take_from_first(agent.model.state_dict().values())
 
 
-def _train(session: Session, resume: bool, quiet: bool) -> TrainResult:
+def _train(session: Learning, resume: bool, quiet: bool) -> TrainResult:
     c, first = session.config, distributed.is_first()
     logdir = c.logdir or default_logdir(c)
     run = session.run = distributed.on_first(lambda: Run.create(logdir, c.to_dict(), resume=resume))
@@ -317,7 +385,9 @@ def _train(session: Session, resume: bool, quiet: bool) -> TrainResult:
                 progress.print(f"{together} processes learn together{graph}")
             if note:
                 progress.print(f"resumed at step {n.steps}: {note}")
+            session.begin(progress.print)
             stop = _loop(session, metrics, progress, received)
+            session.end()
             if stop:
                 path = session.save()
                 name = signal.Signals(stop).name
@@ -339,17 +409,17 @@ def _require_shared(run: Run) -> None:
                           "--logdir on a file system that all of them share")  # fmt: skip
 
 
-def _report(session: Session) -> Path:
+def _report(session: Learning) -> Path:
     video, panels = open_loop_video(session.agent, session.replay), slot_panels(session.agent)
     return write_report(session.run, video=video, extra_panels=panels)
 
 
-def _loop(session: Session, metrics: Metrics | None, progress: Progress, received: list[int]) -> int:
+def _loop(session: Learning, metrics: Metrics | None, progress: Progress, received: list[int]) -> int:
     """Train to the end or to a signal, whose number is returned."""
     c, n = session.config, session.counters
     saved = time.monotonic()
     stop, _ = _asked(received)
-    while n.steps < c.total_steps and not stop:
+    while not session.done and not stop:
         session.step()
         if session.window.returns:
             progress.update(n.steps, updates=n.updates, return_=float(np.mean(session.window.returns[-100:])))

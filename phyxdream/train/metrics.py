@@ -2,7 +2,8 @@
 
 Names are grouped with a slash, and the report goes by the groups: `episode/return` (mean return of the episodes that
 ended since the last row), `episode/length`, `loss/<name>`, `throughput/fps`, `throughput/updates_per_second`; anything
-else gets a panel of its own.
+else gets a panel of its own. Of a parallel run, `actor/weights_age` and `actor/updates_behind` tell how old the weights
+were that acted, in seconds and updates since they were published, on average over the rows.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ This is a training run of phyxdream {version}, started {started}.
 
 config.json holds the resolved configuration, versions.json the software, hardware, git revision and command line of
 every start; metrics.jsonl has one JSON object per logged step (tensorboard/ has the same scalars), checkpoints/ the
-newest complete checkpoint, eval.json the evaluations, open_loop.json how far the model sees if that was asked for,
-report.html the report (self-contained, open it in any browser).
+newest complete checkpoint, journal/ what a parallel run has taken in since, eval.json the evaluations, open_loop.json
+how far the model sees if that was asked for, report.html the report (self-contained, open it in any browser).
 
 From inside this directory:
 

@@ -100,6 +100,7 @@ BAD = [
         ("mixtures", 0), ("population", 3), ("dreams", 0), ("evolve_after", -1), ("evolve_every", 0),
         ("dream_temperature", 0.0), ("cma_sigma", -0.1),
         ("contrastive_coeff", -0.1), ("crop_pixels", -1),
+        ("actors", 0), ("actors", 2), ("publish_every", -1.0), ("control_rate", 0.0),
         ("depth_mults", ()), ("depth_mults", (2, 0)), ("depth_mults", (1.5,)),
     ]),
     # Of the wrong kind, or not finite.
@@ -112,6 +113,7 @@ BAD = [
     ("agent", "dreamer_v4"), ("actor_gradient", "pathwise"), ("behaviour", "policy"), ("plan_noise", "none"),
     ("dream_start", "end"),
     ("representation", "rewards"), ("contrastive_critic", "dot"),
+    ("actor_backend", "threads"),
     ("slot_mode", "slots"), ("slot_initial", "zeros"), ("slot_predictor", True),
 ]  # fmt: skip
 

@@ -95,15 +95,15 @@ class Line(nn.Module):
         return Trajectory(State(deter, torch.zeros_like(deter)), torch.stack(actions))
 
 
-def on_a_line(name, **options):
-    """An agent whose imagination walks on a line: reward h, value 2h, discount 0.5."""
+def on_a_line(name, start=(1.0,), slope=2.0, **options):
+    """An agent whose imagination walks on a line: reward h, value 2h (or another slope), discount 0.5."""
     agent = make(name, imagine_horizon=2, td_lambda=0.5, discount=0.5, **options)
     model = agent.model
     model.world_model.rssm, model.actor = Line(), Policy()
-    model.world_model.reward, model.critic = Fixed([1.0, 0.0]), Fixed([2.0, 0.0])
-    if name == "dreamer_v2":
-        model.slow_critic = Fixed([2.0, 0.0]).requires_grad_(False)
-    start = State(torch.tensor([[1.0]]), torch.zeros(1, 1))
+    model.world_model.reward, model.critic = Fixed([1.0, 0.0]), Fixed([slope, 0.0])
+    if name != "dreamer_v1":
+        model.slow_critic = Fixed([slope, 0.0]).requires_grad_(False)
+    start = State(torch.tensor([start]).T, torch.zeros(len(start), 1))
     return model, model.imagine(start, None)[0]
 
 
@@ -135,6 +135,15 @@ def test_v2s_behaviour_by_hand(gradient, mix):
     slope = mix * 0.5 * 1.5 + (1 - mix) * 3.0 + 0.1 * 2
     assert model.actor.a.grad.item() == pytest.approx(-slope)
     assert model.critic.weight.grad is None and model.slow_critic.weight.grad is None
+
+
+@pytest.mark.parametrize(("gradient", "objective"), [("dynamics", 7.0), ("reinforce", 0.5 * 0.5 * 1.0)])
+def test_daydreamers_behaviour_by_hand(gradient, objective):
+    """From h = 1 and 3 with v = 3h: target_1 = (h + 0.5) + 0.5·3 (h + 1) = 4.5 and 9.5, advantages 1.5 and 0.5: their
+    mean is 1, their deviation 0.5, by which V2's objective is divided. Entropy 2a = 1, with a weight of 0.1."""
+    options = dict(actor_gradient=gradient, entropy_coeff=0.1, continue_coeff=0.0)
+    _, losses = on_a_line("daydreamer", (1.0, 3.0), 3.0, **options)
+    assert losses["actor"].item() == pytest.approx(-(objective / 0.5 + 0.1))
 
 
 def test_free_nats_are_of_the_mean():
