@@ -4,6 +4,7 @@
     phyxdream bench observe --sizes 512 --compile
     pytest bench/bench_rssm_observe.py -k 512    the same cases under pytest-benchmark
     python -m phyxdream.bench.table              the README's tables from bench/results/*.json
+    python -m phyxdream.bench.family             its table of the family, from the runs in docs/results/family
 
 All timing is in `timing`, what a case is in `suite`, what a results file holds in `results`. A new suite is a file with
 a `SUITE`, and a line below.

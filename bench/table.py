@@ -126,7 +126,7 @@ def _case_table(rows: Rows) -> str:
     shown = [i for i in range(len(columns)) if any(line[i] for line in lines)]
     names = list(columns)
     right = [i > 1 for i in shown]
-    return _markdown([names[i] for i in shown], ([line[i] for i in shown] for line in lines), right)
+    return markdown([names[i] for i in shown], ([line[i] for i in shown] for line in lines), right)
 
 
 def _last(case: dict[str, dict]) -> dict[str, Any]:
@@ -166,7 +166,7 @@ def _memory(case: dict[str, dict]) -> str:
     return bytes_text(values[1]) if len(case) == 1 or values[0] is None else " → ".join(map(bytes_text, values))
 
 
-def _markdown(head: list[str], lines: Iterable[list[str]], right: list[bool]) -> str:
+def markdown(head: list[str], lines: Iterable[list[str]], right: list[bool]) -> str:
     rule = ["---:" if r else "---" for r in right]
     return "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *lines))
 
@@ -198,7 +198,7 @@ def _replay(comparisons: list[dict[str, Any]]) -> str:
         if found:
             best = max(found, key=lambda row: row["per_second"])
             lines.append([label or best["name"], f"{best['per_second']:,.0f}", f"{best['of_floor']:.2f}"])
-    table = _markdown([sampled[0]["group"].replace("sample: ", "replay, ").replace("64x64x3", "64×64×3").replace(
+    table = markdown([sampled[0]["group"].replace("sample: ", "replay, ").replace("64x64x3", "64×64×3").replace(
         "16x64", "16 × 64"), "batches/s", "of memcpy"], lines, [False, True, True])  # fmt: skip
 
     def per_second(group: str, name: str) -> dict[str, Any]:
@@ -244,7 +244,7 @@ def _peers(files: list[dict[str, Any]]) -> str:
     ]  # fmt: skip
     head = ["codebase", "what", "before", "after", "ratio", "differs by"]
     machine = result["machine"]
-    table = _markdown(head, lines, [False, False, True, True, True, True])
+    table = markdown(head, lines, [False, False, True, True, True, True])
     return f"{table}\n{_measured(machine_name(machine), [machine])}\n"
 
 
