@@ -80,7 +80,8 @@ class DreamerConfig:
     replay_capacity: int = 500_000
     """Steps kept, over all environments (of one process, as the batches are)."""
     prefill: int = 1_024
-    """Actions taken, over all environments, before the first update."""
+    """Actions taken, over all environments, before the first update: by planners and World Models at random, else by
+    an actor that has learned nothing."""
     batch_size: int = 16
     """Sequences of an update; under torchrun, of each process: N processes learn from N * batch_size."""
     batch_length: int = 64
@@ -132,7 +133,8 @@ class DreamerConfig:
     critic_layers: int = 3
     act: Literal["silu", "elu", "relu", "gelu"] = "silu"
     norm: Literal["rms", "layer", "none"] = "rms"
-    """`act` and `norm` are those of encoder, decoder and heads; the RSSM has those its cell was published with."""
+    """`act` and `norm` are those of encoder, decoder and heads; of V1, V2 and what is built on them, also of the RSSM,
+    which elsewhere has those its cell was published with."""
 
     # -- Slots: pictures as entities (PhyXDreamer)
     slot_mode: Literal["embed", "per_slot"] | None = None
@@ -225,12 +227,13 @@ class DreamerConfig:
     discount: float = 1 - 1 / 333
     td_lambda: float = 0.95
     entropy_coeff: float = 3e-4
+    """Weight of the policy's entropy, of V2 and V3."""
     actor_dist: Literal["categorical", "bounded_normal", "tanh_normal"] | None = None
     """None: categorical for discrete actions; for continuous ones bounded_normal, of V1 tanh_normal."""
     actor_gradient: Literal["reinforce", "dynamics", "both"] | None = None
     """How V2's actor learns (None: reinforce for discrete actions, dynamics for continuous ones)."""
     actor_mix: float = 0.1
-    """Share of reinforce in `both`."""
+    """Share of the gradient through the dynamics in `both`; the rest is reinforce."""
     exploration_noise: float = 0.0
     """Of V1, V2, World Models and planners: standard deviation of what is added to continuous actions, share of
     discrete ones drawn anew."""
@@ -238,12 +241,13 @@ class DreamerConfig:
     """Rate of the moving 5th and 95th return percentiles that scale advantages; of their moving standard deviation in
     DayDreamer."""
     slow_critic_rate: float = 0.02
+    """Rate of the moving average that V3's slow critic is."""
     slow_critic_every: int = 100
     """Updates between copies of V2's critic to its slow one."""
     slow_critic_coeff: float = 1.0
-    """Weight of the critic's regression towards its own moving average."""
+    """Weight of V3's critic's regression towards its own moving average."""
     replay_critic_coeff: float = 0.3
-    """Weight of the critic's loss on replayed trajectories."""
+    """Weight of V3's critic's loss on replayed trajectories."""
 
     # -- World Models: a controller that is evolved in dreams
     mixtures: int = 5
@@ -282,7 +286,7 @@ class DreamerConfig:
     beta2: float = 0.999
     adam_eps: float = 1e-20
     warmup: int = 1_000
-    """Updates over which the learning rate rises linearly."""
+    """Updates over which V3's learning rate rises linearly."""
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -391,6 +395,9 @@ class DreamerConfig:
             raise ConfigError(
                 f"imagine_last: expected at most batch_length = {self.batch_length} steps, got {self.imagine_last}"
             )
+        if self.imagine_horizon < 2 and self.agent not in ("dreamer_v3", "planet", "world_models"):
+            raise ConfigError(f"imagine_horizon: agent {self.agent!r} needs at least 2 steps, got "
+                              f"{self.imagine_horizon}")  # fmt: skip
         representations = REPRESENTATIONS.get(self.agent, ("reconstruction",))
         if self.representation not in representations:
             raise ConfigError(f"representation: expected one of {list(representations)} for agent {self.agent!r}, got "
@@ -511,7 +518,7 @@ _DREAMING: dict[str, Any] = dict(
 PRESETS: dict[str, dict[str, Any]] = {
     "dreamer_v3": {},
     "dreamer_v2": _V2,
-    # Discrete actions, episodes that end, rewards of any size.
+    # Discrete actions and episodes that end. Theirs also passes rewards through tanh and lets actions stick.
     "dreamer_v2_atari": _V2 | dict(
         env="Pong-v5", num_envs=8, action_repeat=1, deter_size=600, hidden_size=600, kl_loss_coeff=0.1, free_nats=0.0,
         continue_coeff=5.0, discount=0.999, entropy_coeff=1e-3, learning_rate=2e-4, actor_learning_rate=4e-5,

@@ -9,7 +9,8 @@
     exploration   noise added to actions
     optimisers    Adam, one learning rate each, gradients clipped at a norm of 100
 
-Source: Hafner et al., "Dream to Control", 2020; danijar/dreamer.
+Theirs has ReLU in the convolutions; `act` is that of all layers here. Source: Hafner et al., "Dream to Control", 2020;
+danijar/dreamer.
 """
 
 from __future__ import annotations

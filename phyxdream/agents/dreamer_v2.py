@@ -28,14 +28,14 @@ from phyxdream.nn.rssm import State
 class DreamerV2(DreamerV1):
     """The learned parts of the agent and what they are trained on; the arguments are those of `Learner`."""
 
-    continuous_dist = "bounded_normal"  # theirs is truncated at ±1, which the environment does here
+    continuous_dist = "bounded_normal"  # theirs is truncated at ±1: here imagined actions may go beyond, taken ones not
 
     def __init__(self, config: DreamerConfig, shapes: Mapping[str, tuple[int, ...]], action_size: int, discrete: bool):
         super().__init__(config, shapes, action_size, discrete)
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         gradient = config.actor_gradient or ("reinforce" if discrete else "dynamics")
-        self.mix = {"reinforce": 1.0, "dynamics": 0.0, "both": config.actor_mix}[gradient]
+        self.mix = {"reinforce": 1.0, "dynamics": 0.0, "both": 1 - config.actor_mix}[gradient]
 
     def imagine(self, start: State, generator: torch.Generator | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Behaviour losses, each 0-d, of imagination from states (N, ...), and metrics."""

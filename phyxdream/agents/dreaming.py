@@ -4,7 +4,8 @@ them.
     objective     Σ_{k=0..K} (J_k^NCE + J_k^KL), beside reward (and continuation)
     J_k^NCE       E[ln p(z_t|o_t) − ln Σ_o' p(z_t|o')] over all frames o' of the batch; z_t ~ p̃(z_t|z_{t−k}, a), the
                   posterior's sample at t − k and k steps of z ← A z + B a + c, which knows nothing of the GRU
-    J_k^KL        −E[KL(posterior at t+1 ‖ the RSSM's prior there, k + 1 steps after the last posterior)]
+    J_k^KL        −E[KL(posterior at t+1 ‖ the RSSM's prior there, k + 1 steps after the last posterior, or after
+                  the state before an episode)]
     pictures      two independent random crops: one for the posterior, one as the o to be told apart
     decoder       reads features whose gradient is stopped: for those who look on
 

@@ -10,6 +10,7 @@ from phyxdream.agents import DreamerAgent, DreamerConfig, preset
 from phyxdream.agents.dreamer_v1 import WorldModelV1
 from phyxdream.agents.lambda_behaviour import frozen, lambda_targets, state_weights
 from phyxdream.agents.optimizer import ClippedAdam
+from phyxdream.errors import ConfigError
 from phyxdream.nn.distributions import UnitNormal
 from phyxdream.nn.rssm import State, Trajectory
 
@@ -85,6 +86,7 @@ class Line(nn.Module):
     """Dynamics h' = h + a with z = 0: features are [h, 0]."""
 
     def imagine_policy(self, policy, start, horizon, generator=None, detach_feature=False):
+        assert detach_feature  # as published: gradients pass through actions alone
         h, states, actions = start.deter, [start.deter], []
         for _ in range(horizon):
             a = policy.a.expand(len(h), 1)
@@ -120,7 +122,7 @@ def test_v1s_behaviour_by_hand():
     assert model.critic.weight.grad[0].item() == pytest.approx((3.0 - 3.5) * 1.5)
 
 
-@pytest.mark.parametrize(("gradient", "mix"), [("dynamics", 0.0), ("reinforce", 1.0), ("both", 0.1)])
+@pytest.mark.parametrize(("gradient", "mix"), [("dynamics", 0.0), ("reinforce", 1.0), ("both", 0.9)])
 def test_v2s_behaviour_by_hand(gradient, mix):
     """h = 1, 1.5, 2: target_1 = 3.5 as for V1; target_0 = 1 + 0.5 (0.5·3 + 0.5·3.5) = 2.625. The action at h = 1 is
     paid by target_1 = 3.5; v(1) = 2, so its advantage is 1.5. log π = a · 0.5 and entropy 2a, with a weight of 0.1."""
@@ -255,6 +257,12 @@ def test_slow_critic_is_renewed_every_so_many_updates():
         agent.update(batch)
         found.append(same())
     assert found == [True, False, False, True, False, False, True]
+
+
+@pytest.mark.parametrize("name", ["dreamer_v1", "dreamer_v2", "dreaming", "daydreamer"])
+def test_a_target_needs_a_state_after_it(name):
+    with pytest.raises(ConfigError, match=f"imagine_horizon: agent '{name}' needs at least 2 steps, got 1"):
+        preset(name, imagine_horizon=1).resolve()
 
 
 def test_exploration_noise():

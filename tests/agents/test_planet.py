@@ -195,8 +195,10 @@ def test_seed_episodes_are_random(actions):
     np.testing.assert_array_equal(play(True), play(False))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(agent.model.config, "exploration_noise", 0.9)
-        assert not np.array_equal(play(True), play(False)) or agent.discrete
-        assert np.abs(play(True)).max() <= (2 if agent.discrete else 1)
+        few, first = observe(60), np.ones(60, bool)
+        differ = (play(True) != play(False)).mean()
+        # Of discrete actions nine in ten are drawn anew, two thirds of which are others.
+        assert differ == pytest.approx(0.6, abs=0.2) if agent.discrete else differ > 0.9
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -326,7 +326,7 @@ def test_generations_come_when_they_are_due(env):
         update = agent.update(batch)
         found.append(int(update.metrics["generation"]))
     assert found == [0, 0, 0, 1, 1, 2, 2, 3]
-    assert update.metrics["dream_return"] <= update.metrics["best_dream_return"]
+    assert update.metrics["dream_return"] < update.metrics["best_dream_return"]  # controllers differ in what they earn
     assert agent.model.actor.search.mean.any()
 
 
