@@ -7,6 +7,7 @@ complete. So whatever the moment of a kill, the files from the newest checkpoint
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import zlib
@@ -18,22 +19,31 @@ from phyxdream.errors import CheckpointError
 _HEAD = struct.Struct("<QI")
 
 
+def _checksum(message: bytes) -> int:
+    """Not 0 for an empty message: zeros, which a power cut may leave at a file's end, are no records."""
+    return zlib.crc32(message, 1)
+
+
 class Journal:
     """An append-only journal of byte strings in the folder `path`, which is made if need be.
 
     Records are handed to the system, which writes them even if this process is killed; they are not synced one by one,
     so a power cut may lose the last of them.
 
+    Args:
+        path: the folder.
+        after: files get higher numbers than this, even if there are none any more.
+
     Raises:
         CheckpointError: the folder or a file cannot be written or read.
     """
 
-    def __init__(self, path: Path):
-        self._path = path
+    def __init__(self, path: Path, after: int = 0):
+        self.path = path
         self._file: int | None = None
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._number = max((number for number, _ in self._files()), default=0)
+            self._number = max([after, *(number for number, _ in self._files())])
         except OSError as e:
             raise self._error("write", e) from e
 
@@ -52,7 +62,7 @@ class Journal:
         if self._file is None:
             self.turn()
         end = os.fstat(self._file).st_size
-        rest = memoryview(_HEAD.pack(len(message), zlib.crc32(message)) + message)
+        rest = memoryview(_HEAD.pack(len(message), _checksum(message)) + message)
         try:
             while rest:  # a disk that fills up takes a part first and then raises the reason
                 rest = rest[os.write(self._file, rest) :]
@@ -68,10 +78,13 @@ class Journal:
                 continue
             try:
                 with open(path, "rb") as file:
+                    size = os.fstat(file.fileno()).st_size
                     while len(head := file.read(_HEAD.size)) == _HEAD.size:
                         length, checksum = _HEAD.unpack(head)
+                        if length > size - file.tell():
+                            break
                         message = file.read(length)
-                        if len(message) < length or zlib.crc32(message) != checksum:
+                        if _checksum(message) != checksum:
                             break
                         yield message
             except OSError as e:
@@ -81,7 +94,8 @@ class Journal:
         """Remove the files before this one."""
         for earlier, path in self._files():
             if earlier < number:
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # the next checkpoint tries again
+                    path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """End the file at hand; the next record begins another."""
@@ -90,11 +104,11 @@ class Journal:
             self._file = None
 
     def _name(self, number: int) -> Path:
-        return self._path / f"{number:06d}.rows"
+        return self.path / f"{number:06d}.rows"
 
     def _files(self) -> list[tuple[int, Path]]:
-        return sorted((int(path.stem), path) for path in self._path.glob("*.rows") if path.stem.isdecimal())
+        return sorted((int(path.stem), path) for path in self.path.glob("*.rows") if path.stem.isdecimal())
 
     def _error(self, verb: str, e: OSError) -> CheckpointError:
-        return CheckpointError(f"could not {verb} the journal {self._path}: {e.strerror or e}; checkpoints are "
+        return CheckpointError(f"could not {verb} the journal {self.path}: {e.strerror or e}; checkpoints are "
                                "untouched")  # fmt: skip

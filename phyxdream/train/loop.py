@@ -239,9 +239,9 @@ class Learning:
 
     def _evaluate(self, elapsed: float) -> Evaluation:
         c = self.config
-        seed = c.seed + EVAL_SEED_OFFSET
+        seed, step = c.seed + EVAL_SEED_OFFSET, self.counters.steps  # actors beside this process may go on
         result = evaluate(self.agent, c.eval_episodes, seed)
-        self.run.add_evaluation({"step": self.counters.steps, "returns": result.returns, "lengths": result.lengths,
+        self.run.add_evaluation({"step": step, "returns": result.returns, "lengths": result.lengths,
                                  "time": elapsed, "seed": seed})  # fmt: skip
         return result
 
@@ -434,7 +434,7 @@ def _loop(session: Learning, metrics: Metrics | None, progress: Progress, receiv
             result = session.evaluate(metrics)
             progress.print(f"step {n.steps}: evaluation return {result.mean:.3f} ± {result.std:.3f} "
                            f"over {len(result.returns)} episodes")  # fmt: skip
-            n.next_eval += c.eval_every
+            n.next_eval += c.eval_every * max(1, (n.steps - n.next_eval) // c.eval_every + 1)
         stop, save = _asked(received, time.monotonic() - saved >= c.checkpoint_every)
         if save:
             session.save()

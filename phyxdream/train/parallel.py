@@ -42,7 +42,7 @@ import torch
 
 from phyxdream import distributed
 from phyxdream.agents import DreamerAgent, DreamerConfig
-from phyxdream.errors import ActorError, ConfigError, MissingDependency
+from phyxdream.errors import ActorError, CheckpointError, ConfigError, MissingDependency
 from phyxdream.train.actor import CLOSE_SECONDS, Actor, ActorDied, Block, pack_weights
 from phyxdream.train.journal import Journal
 from phyxdream.train.loop import Learning
@@ -53,6 +53,8 @@ LEAD = 16
 QUESTIONS = 2
 # How often an actor may die without having handed over a row before the run is given up.
 DEATHS = 3
+# Published weights whose age is known.
+_REMEMBERED = 256
 
 
 class Worker(Protocol):
@@ -103,6 +105,9 @@ class ProcessWorker:
 
     def answer(self) -> bytes:
         try:
+            while not self._connection.poll(1):
+                if self._process.poll() is not None:  # a child that it left behind may hold the line open
+                    raise EOFError
             return self._connection.recv_bytes()
         except (EOFError, OSError):
             raise ActorDied(self._obituary()) from None
@@ -206,19 +211,24 @@ class ParallelSession(Learning):
     def save(self) -> Path:
         with self.changed:
             journal = self.journal.turn()
-            path = self._save({}, {"journal": journal, "actors": self.lives})
+            path = self._save({}, {"journal": journal, "actors": self.lives, "num_envs": self.config.num_envs})
         self.journal.drop_before(journal)
         return path
 
     def restore(self, path: Path) -> str:
         found = self._read(path)
-        self._oldest_journal, self.lives = found.state["journal"], found.state["actors"]
+        stored, own = found.state, self.config
+        if (len(stored["actors"]), stored["num_envs"]) != (own.actors, own.num_envs):
+            raise CheckpointError(f"{path} was written by a run with actors={len(stored['actors'])} and "
+                                  f"num_envs={stored['num_envs']}, this configuration has {own.actors} and "
+                                  f"{own.num_envs}: resume it as it was")  # fmt: skip
+        self._oldest_journal, self.lives = stored["journal"], stored["actors"]
         return "actors start new episodes"
 
     def begin(self, say: Callable[[str], None]) -> None:
         c, n = self.config, self.counters
         self._say = say
-        self.journal = Journal(self.run.path / "journal")
+        self.journal = Journal(self.run.path / "journal", after=self._oldest_journal)
         before = n.steps
         for message in self.journal.read(self._oldest_journal):
             block = Block.unpack(message)
@@ -282,6 +292,8 @@ class ParallelSession(Learning):
         weights = pack_weights(self.agent.model.state_dict(), updates)
         self.published = Published(weights, updates, time.monotonic())
         self._published_at[updates] = self.published.time
+        if len(self._published_at) > _REMEMBERED:
+            del self._published_at[next(iter(self._published_at))]
 
     def log(self, metrics: Any) -> None:
         with self.changed:
@@ -295,7 +307,7 @@ class ParallelSession(Learning):
         incarnation, rows = self.lives[number]
         deaths = 0
         try:
-            while not self._ending:
+            while not self._ending and self._error is None:
                 incarnation += bool(rows or deaths)
                 try:
                     self._live(number, incarnation)
@@ -360,6 +372,10 @@ class ParallelSession(Learning):
             self.changed.notify_all()
 
     def _check(self, block: Block) -> None:
+        c, envs = self.config, block.rows["is_first"].shape[1]
+        if block.actor >= c.actors or envs != c.num_envs:
+            raise CheckpointError(f"{self.journal.path} has rows of actor {block.actor} with num_envs={envs}, this "
+                                  f"configuration has {c.actors} of {c.num_envs}: resume it as it was")  # fmt: skip
         incarnation, rows = self.lives[block.actor]
         expected = rows if block.incarnation == incarnation else 0
         if block.incarnation < incarnation or block.first != expected:

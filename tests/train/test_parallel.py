@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -177,6 +178,10 @@ def test_a_torn_record_ends_a_journals_file(tmp_path):
     for size in range(len(whole)):
         file.write_bytes(whole[:size])
         assert list(journal.read()) == messages[: sum(end <= size for end in ends)]
+    # What a power cut may leave: zeros, or a length that no memory would hold.
+    for tail in (bytes(4096), struct.pack("<QI", 2**60, 1) + b"x"):
+        file.write_bytes(whole + tail)
+        assert list(journal.read()) == messages
     damaged = bytearray(whole)
     damaged[ends[0] + 15] ^= 1
     file.write_bytes(damaged)
@@ -340,6 +345,18 @@ def test_a_parallel_run_stays_one(counting, local):
         DreamerAgent(replace(config, parallel=False)).train(resume=True, quiet=True)
     with pytest.raises(CheckpointError, match="its replay has num_envs 2, this configuration asks for 6"):
         DreamerAgent(replace(config, actors=3)).train(resume=True, quiet=True)
+    with pytest.raises(CheckpointError, match="actors=1 and num_envs=2, this configuration has 2 and 1"):
+        DreamerAgent(replace(config, actors=2, num_envs=1)).train(resume=True, quiet=True)
+
+
+@pytest.mark.parametrize("change", [dict(actors=2), dict(num_envs=3)], ids=str)
+def test_a_journal_without_a_checkpoint_stays_one_too(counting, local, change):
+    config = replace(counting, total_steps=10**6)
+    session = start(replace(config, actors=3))
+    run_until(session, lambda: all(rows for _, rows in session.lives))
+    session.close()
+    with pytest.raises(CheckpointError, match=r"journal has rows of actor .*: resume it as it was"):
+        DreamerAgent(replace(config, **change)).train(resume=True, quiet=True)
 
 
 def test_not_under_torchrun(counting, monkeypatch):
