@@ -392,9 +392,10 @@ def gone(pid: int) -> bool:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 def test_a_learner_killed_9_is_resumed_and_its_actor_ends_by_itself(counting):
     config = replace(counting, checkpoint_every=0.5, total_steps=10**6)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    # Elsewhere: in the current folder there may be sources without the extension.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     process = subprocess.Popen([sys.executable, "-c", LEARNER, json.dumps(config.to_dict())], text=True,
-                               stdout=subprocess.PIPE, env=environment)  # fmt: skip
+                               stdout=subprocess.PIPE, env=environment, cwd=Path(config.logdir).parent)  # fmt: skip
     rng = random.Random()
     for line in process.stdout:
         pid, taken = map(int, line.split())
