@@ -274,7 +274,7 @@ def _result(method: Method) -> list[str]:
 
 def _mean_std(found: Mapping[str, float]) -> str:
     digits = 0 if abs(found["mean"]) >= 10 else 2
-    return f"{found['mean']:.{digits}f} ± {found['std']:.{digits}f}"
+    return f"{found['mean']:.{digits}f} ± {found['std']:.{digits}f}".replace("-", "−")
 
 
 BLOCKS = {"table": _family, "results": _results}
