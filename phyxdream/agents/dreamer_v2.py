@@ -46,12 +46,12 @@ class DreamerV2(DreamerV1):
             )
             feature, action = trajectory.state.feature, trajectory.action
             reward, discount = self.world_model.reward(feature).mean, self.world_model.cont(feature).mean
-            targets = lambda_targets(reward, self.slow_critic(feature).mean, discount, c.td_lambda)
+            baseline = self.slow_critic(feature).mean
+            targets = lambda_targets(reward, baseline, discount, c.td_lambda)
         weight = state_weights(discount)
         policy = self.actor(feature[:-2].detach())
         objective = (1 - self.mix) * targets[1:]  # the action at a state is paid from the next one on
-        with torch.no_grad():
-            advantage = targets[1:] - self.slow_critic(feature[:-2]).mean
+        advantage = (targets[1:] - baseline[:-2]).detach()
         if self.mix:
             objective = objective + self.mix * policy.log_prob(action[:-1].detach()) * advantage
         objective = objective / self.scale(advantage)
