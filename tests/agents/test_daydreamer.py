@@ -9,7 +9,7 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from phyxdream.agents import DayDreamer, DreamerAgent, DreamerConfig, preset
+from phyxdream.agents import DayDreamer, DreamerAgent, preset
 from phyxdream.agents.daydreamer import MovingDeviation, Symlog
 
 SMALL = dict(
@@ -114,17 +114,10 @@ def test_depth_as_floats(make, kind):
     assert chosen.shape == ((3,) if kind == "Discrete" else (3, 2))
 
 
-def test_trains_stops_and_resumes(make, tmp_path):
+def test_trains_stops_and_resumes(make, in_two_halves, tmp_path):
     """By turns, to the last bit."""
     options = dict(total_steps=100, log_every=30, eval_episodes=1, train_ratio=4.0, parallel=False)
-    whole = make("Discrete", logdir=str(tmp_path / "whole"), **options)
-    whole.train(quiet=True)
-    config = DreamerConfig.from_dict({**whole.config.to_dict(), "logdir": str(tmp_path / "half"), "total_steps": 60})
-    DreamerAgent(config).train(quiet=True)
-    resumed = DreamerAgent(DreamerConfig.from_dict({**config.to_dict(), "total_steps": 100}))
-    resumed.train(resume=True, quiet=True)
-    for (key, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0, msg=key)
+    in_two_halves(make("Discrete", logdir=str(tmp_path / "whole"), **options), at=60)
 
 
 def test_an_actor_beside_its_learner(make, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from phyxdream.agents import DreamerAgent, DreamerConfig, preset
+from phyxdream.agents import DreamerAgent, preset
 from phyxdream.agents.dreamer_v1 import WorldModelV1
 from phyxdream.agents.lambda_behaviour import frozen, lambda_targets, state_weights
 from phyxdream.agents.optimizer import ClippedAdam
@@ -280,16 +280,7 @@ def test_exploration_noise():
 
 
 @pytest.mark.parametrize("name", ["dreamer_v1", "dreamer_v2"])
-def test_trains_stops_and_resumes(name, tmp_path):
+def test_trains_stops_and_resumes(name, in_two_halves, tmp_path):
     """A run in two halves ends where one in a piece does."""
     options = dict(total_steps=120, log_every=40, eval_episodes=1, train_ratio=9.0, time_limit=20, num_envs=2)
-    whole = make(name, logdir=str(tmp_path / "whole"), **options)
-    result = whole.train(quiet=True)
-    assert result.evaluation is not None and result.report.exists()
-    config = DreamerConfig.from_dict({**whole.config.to_dict(), "logdir": str(tmp_path / "half"), "total_steps": 60})
-    DreamerAgent(config).train(quiet=True)
-    config = DreamerConfig.from_dict({**config.to_dict(), "total_steps": 120})
-    resumed = DreamerAgent(config)
-    resumed.train(resume=True, quiet=True)
-    for (key, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0, msg=key)
+    in_two_halves(make(name, logdir=str(tmp_path / "whole"), **options), at=60)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from phyxdream.agents import DreamerAgent, DreamerConfig, preset
+from phyxdream.agents import DreamerAgent, preset
 from phyxdream.agents.dreaming import DreamingWorldModel, LinearDynamics, same_episode
 from phyxdream.agents.world_model import Encoded
 from phyxdream.errors import ConfigError
@@ -297,16 +297,7 @@ def test_what_cannot_be_is_refused():
 
 
 @pytest.mark.parametrize(("name", "env"), [("dreaming", CATCH), ("dreaming_v2", STATES)])
-def test_trains_stops_and_resumes(name, env, tmp_path):
+def test_trains_stops_and_resumes(name, env, in_two_halves, tmp_path):
     """A run in two halves ends where one in a piece does."""
     options = dict(env, total_steps=80, log_every=40, eval_episodes=1, train_ratio=9.0, time_limit=20)
-    whole = make(name, logdir=str(tmp_path / "whole"), **options)
-    result = whole.train(quiet=True)
-    assert result.evaluation is not None and result.report.exists()
-    config = DreamerConfig.from_dict({**whole.config.to_dict(), "logdir": str(tmp_path / "half"), "total_steps": 40})
-    DreamerAgent(config).train(quiet=True)
-    config = DreamerConfig.from_dict({**config.to_dict(), "total_steps": 80})
-    resumed = DreamerAgent(config)
-    resumed.train(resume=True, quiet=True)
-    for (key, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0, msg=key)
+    in_two_halves(make(name, logdir=str(tmp_path / "whole"), **options), at=40)

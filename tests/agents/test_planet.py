@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from phyxdream.agents import DreamerAgent, DreamerConfig, preset
+from phyxdream.agents import DreamerAgent, preset
 from phyxdream.agents.learner import PlannerLearner
 from phyxdream.agents.planet import WorldModelPlaNet
 from phyxdream.errors import ConfigError
@@ -252,7 +252,7 @@ def test_learns_and_plans(options, actions):
 
 
 @pytest.mark.parametrize("options", [AGENTS["planet-overshooting"], AGENTS["dreamer_v3"]], ids=("planet", "dreamer_v3"))
-def test_trains_stops_and_resumes(options, tmp_path):
+def test_trains_stops_and_resumes(options, in_two_halves, tmp_path):
     """A run in two halves ends where one in a piece does, the random actions at its beginning included."""
     common = dict(
         env="gym:Pendulum-v1", total_steps=80, log_every=40, eval_episodes=1, train_ratio=6.0, prefill=24,
@@ -260,16 +260,8 @@ def test_trains_stops_and_resumes(options, tmp_path):
     )  # fmt: skip
     options = {**SMALL, **PLANS, **options, **common}
     whole = DreamerAgent(preset("planet", logdir=str(tmp_path / "whole"), **options))
-    result = whole.train(quiet=True)
-    assert result.evaluation is not None and result.report.exists() and whole.model.learned
-    config = preset("planet", logdir=str(tmp_path / "half"), **{**options, "total_steps": 20})
-    half = DreamerAgent(config)
-    half.train(quiet=True)
-    assert not half.model.learned
-    resumed = DreamerAgent(DreamerConfig.from_dict({**config.to_dict(), "total_steps": 80}))
-    resumed.train(resume=True, quiet=True)
-    for (key, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0, msg=key)
+    half = in_two_halves(whole, at=20)
+    assert whole.model.learned and not half.model.learned
 
 
 def test_what_does_not_fit_is_refused():

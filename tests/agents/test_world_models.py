@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from phyxdream.agents import DreamerAgent, DreamerConfig, preset
+from phyxdream.agents import DreamerAgent, preset
 from phyxdream.agents.cma_es import CMAES
 from phyxdream.agents.world_models import Controller
 from phyxdream.errors import ConfigError
@@ -385,19 +385,9 @@ def test_what_it_has_not_is_refused(options, message):
     assert str(error.value).startswith(message)
 
 
-def test_trains_stops_and_resumes(tmp_path):
+def test_trains_stops_and_resumes(in_two_halves, tmp_path):
     """A run in two halves, CMA-ES amidst its generations, ends where one in a piece does."""
     options = dict(total_steps=120, log_every=40, eval_episodes=1, train_ratio=9.0, time_limit=20, action_repeat=1)
     whole = make(logdir=str(tmp_path / "whole"), **options)
-    result = whole.train(quiet=True)
-    assert result.evaluation is not None and result.report.exists()
-    config = DreamerConfig.from_dict({**whole.config.to_dict(), "logdir": str(tmp_path / "half"), "total_steps": 60})
-    half = DreamerAgent(config)
-    half.train(quiet=True)
-    assert int(half.model.actor.search.generation) >= 3
-    config = DreamerConfig.from_dict({**config.to_dict(), "total_steps": 120})
-    resumed = DreamerAgent(config)
-    resumed.train(resume=True, quiet=True)
-    assert int(whole.model.actor.search.generation) > int(half.model.actor.search.generation)
-    for (key, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0, msg=key)
+    half = in_two_halves(whole, at=60)
+    assert int(whole.model.actor.search.generation) > int(half.model.actor.search.generation) >= 3
