@@ -268,7 +268,7 @@ PHYX_INLINE void backward_action(const Scan& s, float* __restrict grad, int64_t 
   float* __restrict stat = s.policy.stat.at(g, 0);
   float* __restrict action = s.action_lanes.at(g, 0);
   from_rows(action, s.actions + s.row(t, g) * s.A, s.A, s.used(g), count);
-  for (int64_t k = 0; s.cell == Cell::kBlock && k < size; ++k) {
+  for (int64_t k = 0; s.clip_action && k < size; ++k) {
     const float magnitude = std::fabs(action[k]);
     grad[k] /= magnitude > 1.0f ? magnitude : 1.0f;
   }

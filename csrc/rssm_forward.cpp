@@ -261,7 +261,7 @@ PHYX_MULTIVERSION void forward_act(const Scan& s, int64_t t) {
       float* action = s.action_lanes.at(g + j, t * s.A);
       draw_action(s, action, t, g + j);
       to_rows(s.actions + s.row(t, g + j) * s.A, s.A, s.used(g + j), action, static_cast<int>(s.A));
-      for (int64_t k = 0; s.cell == Cell::kBlock && k < s.A * kLanes; ++k) {
+      for (int64_t k = 0; s.clip_action && k < s.A * kLanes; ++k) {
         const float size = std::fabs(action[k]);
         action[k] /= size > 1.0f ? size : 1.0f;
       }

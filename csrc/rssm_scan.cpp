@@ -139,6 +139,7 @@ void set_up(Scan& s, const Arguments& a, const Weights& weights, int64_t groups,
     s.tape_rows += s.policy.statistics;
     for (Layer& layer : s.policy.layers) layer.act = static_cast<Act>(a.size("policy_act"));
     s.policy_state = a.size("detach_feature") == 0;
+    s.clip_action = a.size("clip_action") != 0;
   }
   s.keeps_tape = s.tape != nullptr;
   if (s.keeps_tape) {

@@ -117,6 +117,7 @@ struct Scan {
   int64_t first_group = 0, groups = 0;  // of the block being walked
   bool backward, gumbel, cumulative;  // z has the gradient of its Gumbel-softmax, not of p; noise is one number a z
   bool policy_state = false;          // gradients reach a state through the policy that read it
+  bool clip_action = false;           // the cell reads a / max(1, |a|)
   float unimix, min_std, policy_unimix, policy_min_std, policy_max_std, policy_offset;
 
   const float *noise, *action_noise, *deter_first, *stoch_first, *stoch_start, *initial_deter, *initial_stoch;

@@ -82,6 +82,7 @@ class Head(NamedTuple):
     min_std: Any = None
     max_std: Any = None
     detach: Any = None  # whether it reads the state as a constant
+    clip: Any = None  # whether the cell reads a / max(1, |a|)
     LANES: Any = None  # the power of two from A
 
 
@@ -857,7 +858,7 @@ def draw(p, layer, d, s, t, tile, B):
         if p.dist == TANH_NORMAL:
             action = _tanh(action)
     _store(p.action, row, s.A, column, both, action)
-    if s.cell == BLOCK_GRU:
+    if p.clip:
         _store(d.action, row, s.A, column, both, action / tl.maximum(tl.abs(action), 1.0))
 
 
@@ -1154,12 +1155,13 @@ def draw_back(p, layer, w, l, g, s, t, tile, B):
             acc, g, s, l.action, tiles, g.in_rows, s.in_row, 2 * s.U, 0, s.U, row, B, sequence, exists, w.in_action,
             s.A, column, inside, 1,
         )  # fmt: skip
-        acc /= tl.maximum(tl.abs(_load(p.action, row, s.A, column, both)), 1.0)
     else:
         acc = _product_of_gradient(
             acc, g, s, l.stoch, tiles, g.in_rows, s.in_row, 0, 0, s.U, row, B, sequence, exists, w.in_action, s.A,
             column, inside, 1,
         )  # fmt: skip
+    if p.clip:
+        acc /= tl.maximum(tl.abs(_load(p.action, row, s.A, column, both)), 1.0)
     if g.action is not None:
         acc += _load(g.action, row, s.A, column, both)
     mean, inverse = _kept_moments(g, s, layer, row, exists)

@@ -307,6 +307,7 @@ def policy_constants(options: PolicyOptions, actions: int) -> dict[str, tl.const
         "dist": dists[options.dist],
         **{k: tl.constexpr(x) for k, x in numbers.items()},
         "detach": tl.constexpr(options.detach_feature),
+        "clip": tl.constexpr(options.clip_action),
         "LANES": tl.constexpr(lanes),
     }
 

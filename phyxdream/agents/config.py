@@ -32,6 +32,9 @@ class DreamerConfig:
     """Environments stepped together; under torchrun, by each process."""
     action_repeat: int = 1
     """Environment steps per action; rewards are summed."""
+    repeat_action_probability: float | None = None
+    """Of Atari, sticky actions: how likely the action before is carried out instead (None: the environment's own, which
+    of envpool is 0)."""
     time_limit: int | None = None
     """Environment steps after which an episode is cut off (None: the environment's own limit)."""
     pixels: bool | None = None
@@ -80,8 +83,8 @@ class DreamerConfig:
     replay_capacity: int = 500_000
     """Steps kept, over all environments (of one process, as the batches are)."""
     prefill: int = 1_024
-    """Actions taken, over all environments, before the first update: by planners and World Models at random, else by
-    an actor that has learned nothing."""
+    """Actions taken, over all environments, before the first update: of V3 by an actor that has learned nothing, else
+    at random."""
     batch_size: int = 16
     """Sequences of an update; under torchrun, of each process: N processes learn from N * batch_size."""
     batch_length: int = 64
@@ -132,6 +135,8 @@ class DreamerConfig:
     actor_layers: int = 3
     critic_layers: int = 3
     act: Literal["silu", "elu", "relu", "gelu"] = "silu"
+    conv_act: Literal["silu", "elu", "relu", "gelu"] | None = None
+    """Of convolutions (None: `act`), but of slots'."""
     norm: Literal["rms", "layer", "none"] = "rms"
     """`act` and `norm` are those of encoder, decoder and heads; of V1, V2 and what is built on them, also of the RSSM,
     which elsewhere has those its cell was published with."""
@@ -193,6 +198,8 @@ class DreamerConfig:
     """λ of the absolute error that is added to the squared error of pictures, for sharper texture. docs/results has
     what it does to sharpness, and why presets of hands take 0.3."""
     reward_coeff: float = 1.0
+    clip_rewards: Literal["tanh", "sign"] | None = None
+    """What learning makes of rewards; returns are logged as they are."""
     continue_coeff: float = 1.0
     kl_loss_coeff: float = 1.0
     """Scale of both KL terms."""
@@ -352,9 +359,9 @@ class DreamerConfig:
             value = getattr(self, name)
             if not (_is_number(value) and value > 0) and not (value is None and "None" in kinds[name]):
                 raise ConfigError(f"{name}: expected a positive number, got {value!r}")
-        for name in ("discount", "td_lambda", "slow_critic_rate", "actor_mix"):
+        for name in ("discount", "td_lambda", "slow_critic_rate", "actor_mix", "repeat_action_probability"):
             value = getattr(self, name)
-            if not (_is_number(value) and 0 <= value <= 1):
+            if not (_is_number(value) and 0 <= value <= 1) and not (value is None and "None" in kinds[name]):
                 raise ConfigError(f"{name}: expected a number in [0, 1], got {value!r}")
         for name in ("unimix", "beta1", "beta2"):
             value = getattr(self, name)
@@ -365,7 +372,8 @@ class DreamerConfig:
         choices = dict(
             env_backend=("envpool", "gym", "dmc", "robotics", "unity_mlagents"),
             cell=("gru", "layernorm_gru", "block_gru"), initial=("zeros", "learned"), norm=("rms", "layer", "none"),
-            act=("silu", "elu", "relu", "gelu"), replay_selector=("uniform", "recency", "prioritized", "curious"),
+            act=("silu", "elu", "relu", "gelu"), conv_act=(None, "silu", "elu", "relu", "gelu"),
+            clip_rewards=(None, "tanh", "sign"), replay_selector=("uniform", "recency", "prioritized", "curious"),
             actor_dist=(None, "categorical", "bounded_normal", "tanh_normal"),
             agent=("dreamer_v1", "dreamer_v2", "dreamer_v3", "planet", "dreaming", "dreaming_v2", "daydreamer",
                    "world_models"),
@@ -482,8 +490,8 @@ _HAND: dict[str, Any] = dict(
 _V1: dict[str, Any] = dict(
     agent="dreamer_v1", env="CartpoleBalance-v1", num_envs=1, action_repeat=2, total_steps=100_000,
     cell="gru", deter_size=200, hidden_size=200, stoch_size=30, classes=0, unimix=0.0, embed_size=1024,
-    units=400, depth=32, depth_mults=(1, 2, 4, 8), act="elu", norm="none", encoder_layers=3, decoder_layers=3,
-    reward_layers=2, continue_layers=3, critic_layers=3, actor_layers=4,
+    units=400, depth=32, depth_mults=(1, 2, 4, 8), act="elu", conv_act="relu", norm="none",
+    encoder_layers=3, decoder_layers=3, reward_layers=2, continue_layers=3, critic_layers=3, actor_layers=4,
     reconstruction_coeff=0.5, continue_coeff=0.0, dynamics_coeff=1.0, representation_coeff=1.0, free_nats=3.0,
     discount=0.99, entropy_coeff=0.0, exploration_noise=0.3,
     batch_size=50, batch_length=50, replay_context=0, replay_online=False, prefill=2500, train_ratio=500.0,
@@ -495,8 +503,9 @@ _PLANET: dict[str, Any] = _V1 | dict(
     grad_clip=1000.0,
 )  # fmt: skip
 _V2: dict[str, Any] = _V1 | dict(
-    agent="dreamer_v2", cell="layernorm_gru", stoch_size=32, classes=32, dynamics_coeff=0.8, representation_coeff=0.2,
-    free_nats=1.0, reward_layers=4, continue_layers=4, critic_layers=4, encoder_layers=4, decoder_layers=4,
+    agent="dreamer_v2", cell="layernorm_gru", stoch_size=32, classes=32, conv_act=None,
+    encoder_layers=4, decoder_layers=4, reward_layers=4, continue_layers=4, critic_layers=4,
+    dynamics_coeff=0.8, representation_coeff=0.2, free_nats=1.0,
     entropy_coeff=1e-4, exploration_noise=0.0, batch_size=16, train_ratio=160.0, learning_rate=3e-4, adam_eps=1e-5,
     weight_decay=1e-6, prefill=1000,
 )  # fmt: skip
@@ -518,9 +527,10 @@ _DREAMING: dict[str, Any] = dict(
 PRESETS: dict[str, dict[str, Any]] = {
     "dreamer_v3": {},
     "dreamer_v2": _V2,
-    # Discrete actions and episodes that end. Theirs also passes rewards through tanh and lets actions stick.
+    # Discrete actions and episodes that end.
     "dreamer_v2_atari": _V2 | dict(
-        env="Pong-v5", num_envs=8, action_repeat=1, deter_size=600, hidden_size=600, kl_loss_coeff=0.1, free_nats=0.0,
+        env="Pong-v5", num_envs=8, action_repeat=1, repeat_action_probability=0.25, clip_rewards="tanh",
+        deter_size=600, hidden_size=600, kl_loss_coeff=0.1, free_nats=0.0,
         continue_coeff=5.0, discount=0.999, entropy_coeff=1e-3, learning_rate=2e-4, actor_learning_rate=4e-5,
         critic_learning_rate=1e-4, prefill=50_000, train_ratio=50.0, total_steps=50_000_000,
     ),

@@ -163,6 +163,8 @@ class DreamerAgent:
         """The fields of an `Update`. Nothing here waits for the device, so that a CUDA graph can hold it."""
         batch = {name: x.to(self.device, non_blocking=True) for name, x in batch.items()}
         batch["action"] = self.encode_action(batch["action"])
+        if self.config.clip_rewards:
+            batch["reward"] = getattr(torch, self.config.clip_rewards)(batch["reward"])
         loss = self.model.loss(batch, self.generators["learn"])
         self.optimizer.zero_grad(set_to_none=True)
         loss.total.backward()

@@ -6,10 +6,10 @@
     actor         max Σ weight · λ-target, differentiated through the imagined states and actions, but not through what
                   the actor itself reads; tanh-normal, or one-hot with straight-through gradients
     critic        ½ (v − sg target)², weighted alike
-    exploration   noise added to actions
+    exploration   random actions until the first update, then noise added to actions
     optimisers    Adam, one learning rate each, gradients clipped at a norm of 100
 
-Theirs has ReLU in the convolutions; `act` is that of all layers here. Source: Hafner et al., "Dream to Control", 2020;
+Source: Hafner et al., "Dream to Control", 2020;
 danijar/dreamer.
 """
 
@@ -104,6 +104,7 @@ class DreamerV1(ActorLearner):
     """The learned parts of the agent and what they are trained on; the arguments are those of `Learner`."""
 
     continuous_dist = "tanh_normal"
+    seeds = True
 
     def __init__(self, config: DreamerConfig, shapes: Mapping[str, tuple[int, ...]], action_size: int, discrete: bool):
         super().__init__(config, shapes, action_size, discrete)
@@ -137,19 +138,23 @@ class DreamerV1(ActorLearner):
     def behaviour(
         self, post: State, batch: Batch, generator: torch.Generator | None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return self.imagine(post.detach().flatten(), generator)
+        ended = batch["is_terminal"][-len(post.deter) :].flatten()
+        return self.imagine(post.detach().flatten(), ended, generator)
 
-    def imagine(self, start: State, generator: torch.Generator | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Behaviour losses, each 0-d, of imagination from states (N, ...), and metrics."""
+    def imagine(
+        self, start: State, ended: Tensor, generator: torch.Generator | None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Behaviour losses, each 0-d, of imagination from states (N, ...), and metrics. Where the episode has ended,
+        (N,) bool, there is nothing to learn from what would follow."""
         c = self.config
         with frozen(self.world_model, self.critic):
             trajectory = self.world_model.rssm.imagine_policy(
-                self.actor, start, c.imagine_horizon, generator=generator, detach_feature=True
+                self.actor, start, c.imagine_horizon, generator=generator, detach_feature=True, clip_action=True
             )
             feature = trajectory.state.feature[1:]  # the start is not the actor's doing
             reward, discount = self.world_model.reward(feature).mean, self.world_model.cont(feature).mean
             targets = lambda_targets(reward, self.critic(feature).mean, discount, c.td_lambda)
-        weight = state_weights(discount)[:-1]
+        weight = state_weights(discount)[:-1] * ~ended
         value = self.critic(feature[:-1].detach())
         losses = {
             "actor": -(weight * targets).mean(),

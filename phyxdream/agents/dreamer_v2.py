@@ -28,7 +28,7 @@ from phyxdream.nn.rssm import State
 class DreamerV2(DreamerV1):
     """The learned parts of the agent and what they are trained on; the arguments are those of `Learner`."""
 
-    continuous_dist = "bounded_normal"  # theirs is truncated at ±1: here imagined actions may go beyond, taken ones not
+    continuous_dist = "bounded_normal"  # theirs is truncated at ±1; here the model and the environment read it clipped
 
     def __init__(self, config: DreamerConfig, shapes: Mapping[str, tuple[int, ...]], action_size: int, discrete: bool):
         super().__init__(config, shapes, action_size, discrete)
@@ -37,15 +37,19 @@ class DreamerV2(DreamerV1):
         gradient = config.actor_gradient or ("reinforce" if discrete else "dynamics")
         self.mix = {"reinforce": 1.0, "dynamics": 0.0, "both": 1 - config.actor_mix}[gradient]
 
-    def imagine(self, start: State, generator: torch.Generator | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Behaviour losses, each 0-d, of imagination from states (N, ...), and metrics."""
+    def imagine(
+        self, start: State, ended: Tensor, generator: torch.Generator | None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Behaviour losses, each 0-d, of imagination from states (N, ...), and metrics. Where the episode has ended,
+        (N,) bool, the discount is known, and 0."""
         c = self.config
         with frozen(self.world_model), torch.set_grad_enabled(self.mix < 1):
             trajectory = self.world_model.rssm.imagine_policy(
-                self.actor, start, c.imagine_horizon, generator=generator, detach_feature=True
+                self.actor, start, c.imagine_horizon, generator=generator, detach_feature=True, clip_action=True
             )
             feature, action = trajectory.state.feature, trajectory.action
             reward, discount = self.world_model.reward(feature).mean, self.world_model.cont(feature).mean
+            discount = torch.cat([c.discount * ~ended.unsqueeze(0), discount[1:]])
             baseline = self.slow_critic(feature).mean
             targets = lambda_targets(reward, baseline, discount, c.td_lambda)
         weight = state_weights(discount)
@@ -71,6 +75,7 @@ class DreamerV2(DreamerV1):
 
     def after_update(self) -> None:
         """What follows each optimiser step: every `slow_critic_every` of them, the slow critic becomes the critic."""
+        super().after_update()
         due = (self.updates % self.config.slow_critic_every == 0).float()  # a tensor: a CUDA graph may hold this
         with torch.no_grad():
             for slow, fast in zip(self.slow_critic.parameters(), self.critic.parameters(), strict=True):

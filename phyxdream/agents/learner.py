@@ -49,11 +49,16 @@ class Learner(nn.Module):
 
     # Whether nothing in an update waits for the device, so that a CUDA graph can hold it.
     recordable = True
+    # Whether actions to learn from are drawn at random until the first update: seed episodes, for as long as `prefill`
+    # says.
+    seeds = False
 
     def __init__(self, config: DreamerConfig, shapes: Mapping[str, tuple[int, ...]], action_size: int, discrete: bool):
         super().__init__()
         self.config, self.action_size, self.discrete = config, action_size, discrete
         self.world_model = self.make_world_model(shapes, action_size)
+        if self.seeds:
+            self.register_buffer("learned", torch.zeros((), dtype=torch.bool))
 
     def make_world_model(self, shapes: Mapping[str, tuple[int, ...]], action_size: int) -> WorldModel:
         """The world model of this agent."""
@@ -72,6 +77,8 @@ class Learner(nn.Module):
         state (B, ...) before; returns the action (B, A) and the state after."""
         step = {**observation, "action": action, "is_first": is_first}
         post = self.world_model.filter({name: x[None] for name, x in step.items()}, state, generator)[0]
+        if explore and self.seeds and not self.learned:
+            return self.random_action(post, generator), post
         return self.act(post, generator, explore), post
 
     def act(self, post: State, generator: torch.Generator | None, explore: bool) -> Tensor:
@@ -123,7 +130,9 @@ class Learner(nn.Module):
         raise NotImplementedError
 
     def after_update(self) -> None:
-        """What follows each optimiser step: nothing."""
+        """What follows each optimiser step."""
+        if self.seeds:
+            self.learned.fill_(True)
 
 
 class ActorLearner(Learner):
@@ -149,11 +158,9 @@ class ActorLearner(Learner):
 
 
 class PlannerLearner(Learner):
-    """`Learner` that plans, and learns nothing but the world model. The arguments are the same.
+    """`Learner` that plans, and learns nothing but the world model. The arguments are the same."""
 
-    Until the first update there is nothing to plan with: actions to learn from are drawn at random, as in PlaNet's seed
-    episodes, for as long as `prefill` says.
-    """
+    seeds = True
 
     def __init__(self, config: DreamerConfig, shapes: Mapping[str, tuple[int, ...]], action_size: int, discrete: bool):
         super().__init__(config, shapes, action_size, discrete)
@@ -161,11 +168,8 @@ class PlannerLearner(Learner):
         self.planner = Planner(
             action_size, discrete, c.plan_horizon, c.plan_candidates, c.plan_iterations, c.plan_elites, c.plan_noise
         )
-        self.register_buffer("learned", torch.zeros((), dtype=torch.bool))
 
     def act(self, post: State, generator: torch.Generator | None, explore: bool) -> Tensor:
-        if explore and not self.learned:
-            return self.random_action(post, generator)
         action = self.planner(self.world_model, post, generator)
         return self.add_noise(action, generator) if explore else action
 
@@ -173,7 +177,3 @@ class PlannerLearner(Learner):
         self, post: State, batch: Batch, generator: torch.Generator | None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return {}, {}
-
-    def after_update(self) -> None:
-        """What follows each optimiser step: from the first on, there is something to plan with."""
-        self.learned.fill_(True)

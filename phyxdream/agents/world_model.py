@@ -70,7 +70,7 @@ class WorldModel(nn.Module):
         """What encoder and decoder have in common."""
         c = self.config
         return dict(depth=c.depth, mults=c.depth_mults, blocks=c.residual_blocks, units=c.units, act=c.act,
-                    norm=c.norm)  # fmt: skip
+                    conv_act=c.conv_act, norm=c.norm)  # fmt: skip
 
     def make_encoder(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[nn.Module, nn.Module, int]:
         """Encoder, projection of what it returns, and the size E of an embedding."""

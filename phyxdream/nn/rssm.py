@@ -438,6 +438,7 @@ class RSSM(nn.Module):
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
         detach_feature: bool = False,
+        clip_action: bool = False,
     ) -> Trajectory:
         """Closed loop: `horizon` steps from `state` (B, ...) under a policy.
 
@@ -450,6 +451,7 @@ class RSSM(nn.Module):
             generator: also of an actor's noise, `Actor.draw_noise(H, B)`, drawn after that of the states.
             detach_feature: the policy reads the states as constants, as DreamerV1 and V2 have it; gradients pass
                 through its actions alone.
+            clip_action: the cell reads a / max(1, |a|), as `BlockGRU` does anyway; see `ops.rssm_imagine_policy`.
 
         Raises:
             ValueError: for a shape that does not fit or no steps, TypeError for what is no tensor.
@@ -467,6 +469,7 @@ class RSSM(nn.Module):
                 self.cell.weights(), head_weights(*self.prior), head_weights(policy.mlp, policy.out),
                 dist=policy.dist, **self.cell.options.keywords, policy_act=policy.act, policy_unimix=policy.unimix,
                 policy_min_std=policy.min_std, policy_max_std=policy.max_std, detach_feature=detach_feature,
+                clip_action=clip_action,
             )  # fmt: skip
             start = replace(state, slots=None).map(lambda x: x.unsqueeze(0))
             return Trajectory(State.cat([start, self._state(*future)]), action)
@@ -475,7 +478,8 @@ class RSSM(nn.Module):
             feature = states[-1].feature
             actions.append(policy(feature.detach() if detach_feature else feature))
             self._check(actions[-1], "action", (B, self.action_size))
-            deter = self.cell(states[-1].deter, states[-1].stoch.flatten(1), self.cell.embed_action(actions[-1]))
+            taken = rssm_cells.clip_action(actions[-1]) if clip_action else actions[-1]
+            deter = self.cell(states[-1].deter, states[-1].stoch.flatten(1), self.cell.embed_action(taken))
             states.append(self._sample(deter, self.prior(deter), self._race(noise[t])))
         return Trajectory(State.stack(states), torch.stack(actions))
 

@@ -193,7 +193,7 @@ def image_groups(images: Shapes) -> dict[tuple[int, int], list[str]]:
 
 class Encoder(nn.Module):
     """A dict of observations (..., *shape) to one embedding (..., out_size): pictures through convolutions, vectors
-    through symlog and an MLP, concatenated."""
+    through symlog and an MLP, concatenated. `conv_act` is the activation of convolutions, where it is not `act`."""
 
     def __init__(
         self,
@@ -205,12 +205,16 @@ class Encoder(nn.Module):
         layers: int = 3,
         act: str = "silu",
         norm: str = "rms",
+        conv_act: str | None = None,
     ):
         super().__init__()
         images, vectors = split_shapes(shapes)
+        conv_act = conv_act or act
         self.groups, self.vectors = list(image_groups(images).values()), list(vectors)
         self.image_nets = nn.ModuleList(
-            ImageEncoder((sum(images[n][0] for n in names), *images[names[0]][1:]), depth, mults, blocks, act, norm)
+            ImageEncoder(
+                (sum(images[n][0] for n in names), *images[names[0]][1:]), depth, mults, blocks, conv_act, norm
+            )
             for names in self.groups
         )
         self.vector_net = MLP(sum(s[0] for s in vectors.values()), units, layers, act, norm) if vectors else None
@@ -230,7 +234,7 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """A feature (..., F) to a distribution per observation: `SquaredError` on [0, 1] pictures and symlog vectors.
-    `l1` is the λ of the pictures' absolute error."""
+    `l1` is the λ of the pictures' absolute error; `conv_act` as for `Encoder`."""
 
     def __init__(
         self,
@@ -244,15 +248,16 @@ class Decoder(nn.Module):
         act: str = "silu",
         norm: str = "rms",
         l1: float = 0.0,
+        conv_act: str | None = None,
     ):
         super().__init__()
         images, vectors = split_shapes(shapes)
-        self.l1 = l1
+        self.l1, conv_act = l1, conv_act or act
         self.groups = list(image_groups(images).values())
         self.image_channels = [[images[n][0] for n in names] for names in self.groups]
         self.vectors = {n: s[0] for n, s in vectors.items()}
         self.image_nets = nn.ModuleList(
-            ImageDecoder(inputs, (sum(channels), *images[names[0]][1:]), depth, mults, blocks, act, norm)
+            ImageDecoder(inputs, (sum(channels), *images[names[0]][1:]), depth, mults, blocks, conv_act, norm)
             for names, channels in zip(self.groups, self.image_channels, strict=True)
         )
         self.vector_net = None

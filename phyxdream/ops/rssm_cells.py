@@ -211,9 +211,14 @@ def block_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias
 
 
+def clip_action(action: Tensor) -> Tensor:
+    """a / max(1, |a|), whose divisor gets no gradient."""
+    return action / action.detach().abs().clamp(min=1)
+
+
 def clipped(w: CellWeights, action: Tensor) -> Tensor:
-    """The action as its layer reads it: a block GRU divides by max(1, |a|), which gets no gradient."""
-    return action / action.detach().abs().clamp(min=1) if isinstance(w, BlockGRUWeights) else action
+    """The action as its layer reads it: that of a block GRU clips it."""
+    return clip_action(action) if isinstance(w, BlockGRUWeights) else action
 
 
 def embed_action(w: CellWeights, action: Tensor, options: Options) -> Tensor:

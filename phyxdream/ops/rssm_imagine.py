@@ -124,6 +124,7 @@ def rssm_imagine_policy(
     policy_min_std: float = 0.1,
     policy_max_std: float = 1.0,
     detach_feature: bool = False,
+    clip_action: bool = False,
 ) -> tuple[Tensor, ...]:
     """Prior states that follow a state under a policy that acts on each of them, differentiable once in every tensor
     but the two kinds of noise: through the dynamics, the actions and the samples.
@@ -139,11 +140,14 @@ def rssm_imagine_policy(
         policy_min_std, policy_max_std: bounds of the standard deviation of `bounded_normal`.
         detach_feature: the policy reads [h, z] as constants, so that gradients pass from an action to the state it led
             to, and not through what later actions make of that state: what DreamerV1, V2 and most of their ports do.
+        clip_action: the cell reads a / max(1, |a|), divided by a constant, as the environment would take the action: of
+            `bounded_normal`, samples may lie beyond ±1. Of a block GRU it is the case anyway.
 
     All other arguments are those of `rssm_imagine`.
 
     Returns:
-        What `rssm_imagine` returns, and the actions (H, B, A): `action[t]` was drawn at the state before state t.
+        What `rssm_imagine` returns, and the actions (H, B, A), not clipped: `action[t]` was drawn at the state before
+        state t.
 
     Raises:
         As `rssm_imagine`.
@@ -167,6 +171,7 @@ def rssm_imagine_policy(
         action_noise, deter, stoch, noise, cell, prior, policy, dist=dist, act=act, unimix=unimix, min_std=min_std,
         rms_eps=rms_eps, layer_eps=layer_eps, gumbel=gumbel, policy_act=policy_act, policy_unimix=policy_unimix,
         policy_min_std=policy_min_std, policy_max_std=policy_max_std, detach_feature=detach_feature,
+        clip_action=clip_action,
     )  # fmt: skip
     output = _closed_loop(*args)
     return *_results(output, noise, min_std), output[3]
@@ -190,7 +195,7 @@ _INPUTS = ", ".join(
     + ["str cell", "int prior_layers", "int policy_layers", "str dist", "str act", "str policy_act"]
     + [f"float {name}" for name in ("unimix", "min_std", "rms_eps", "layer_eps")]
     + [f"float {name}" for name in ("policy_unimix", "policy_min_std", "policy_max_std")]
-    + ["bool detach_feature", "bool gumbel", "bool cumulative", "bool keep_tape"]
+    + [f"bool {name}" for name in ("detach_feature", "clip_action", "gumbel", "cumulative", "keep_tape")]
 )
 # Beside the results, what the backward needs: the tape (floats, laid out by whoever wrote it) and the sampled classes.
 _OUTPUTS = ("deter_out", "stoch_out", "statistics", "action_out", "tape", "index")
@@ -205,7 +210,7 @@ _BACKWARD_SCHEMA = (
 def _prepare(
     action, deter, stoch, noise, cell, prior, policy=None, *, dist="", act=None, unimix=0.01, min_std=0.1, rms_eps=1e-4,
     layer_eps=1e-3, gumbel=False, policy_act=None, policy_unimix=0.01, policy_min_std=0.1, policy_max_std=1.0,
-    detach_feature=False,
+    detach_feature=False, clip_action=False,
 ) -> tuple:  # fmt: skip
     """The checked arguments of the schema; `action` is its noise if there is a policy."""
     closed = bool(dist) or policy is not None
@@ -253,13 +258,14 @@ def _prepare(
     check_numbers(numbers)
     check_flag("gumbel", gumbel)
     check_flag("detach_feature", detach_feature)
+    check_flag("clip_action", clip_action)
     if gumbel and cumulative:
         raise ValueError(f"noise: gumbel needs it for every class, {tuple(noise.shape)}, got {tuple(noise.shape[:3])}")
     keep_tape = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in flat)
     counts = (layers[0], layers[1] if closed else 0)
     weights = [x for x in flat[_TENSORS:] if x is not None]
     given = "".join("01"[x is not None] for x in flat[_TENSORS:])
-    flags = (detach_feature, gumbel, cumulative, keep_tape)
+    flags = (detach_feature, clip_action or name == "block_gru", gumbel, cumulative, keep_tape)
     options = (name, *counts, dist, act, policy_act, *map(float, numbers.values()), *flags)
     return *flat[:_TENSORS], weights, given, *options
 
@@ -267,7 +273,7 @@ def _prepare(
 def _split(args) -> tuple[CellWeights, HeadWeights, HeadWeights | None, Options, PolicyOptions | None]:
     """What follows the four tensors of the schema, as it was given."""
     weights, given, name, prior_layers, policy_layers, dist, act, policy_act, *numbers = args
-    *numbers, detach_feature, gumbel, cumulative, _ = numbers
+    *numbers, detach_feature, clip_action, gumbel, cumulative, _ = numbers
     rest = iter(weights)
     weights = [next(rest) if x == "1" else None for x in given]
     kind = CELLS[name]
@@ -279,7 +285,7 @@ def _split(args) -> tuple[CellWeights, HeadWeights, HeadWeights | None, Options,
         weights = weights[4 * count + 2 :]
         if not policy_layers:
             return cell, heads[0], None, Options(act, *numbers[:4], gumbel, cumulative), None
-    policy_options = PolicyOptions(dist, policy_act, *numbers[4:], detach_feature)
+    policy_options = PolicyOptions(dist, policy_act, *numbers[4:], detach_feature, clip_action)
     return cell, *heads, Options(act, *numbers[:4], gumbel, cumulative), policy_options
 
 
@@ -307,7 +313,7 @@ def _scan(action, deter, stoch, noise, *rest):
                 feature = feature.detach()
             statistics = rssm_cells.head(policy, feature, options._replace(act=policy_options.act))
             drawn = (_draw_action(statistics, draw[t], policy_options),)
-            embedded_action = rssm_cells.embed_action(cell, drawn[0], options)
+            embedded_action = rssm_cells.embed_action(cell, policy_options.taken(drawn[0]), options)
         deter = rssm_cells.step(cell, deter, stoch, embedded_action, options)
         statistics = rssm_cells.head(prior, deter, options)
         if categorical:

@@ -23,6 +23,11 @@ class PolicyOptions(NamedTuple):
     min_std: float
     max_std: float
     detach_feature: bool
+    clip_action: bool
+
+    def taken(self, action: Tensor) -> Tensor:
+        """What the cell reads of an action."""
+        return rssm_cells.clip_action(action) if self.clip_action else action
 
 
 def tape_size(
@@ -101,6 +106,7 @@ def _common(outputs, tensors, cell, prior, policy, options, policy_options):
             "policy_min_std": policy_options.min_std,
             "policy_max_std": policy_options.max_std,
             "detach_feature": policy_options.detach_feature,
+            "clip_action": policy_options.clip_action,
         }
     return arguments
 
@@ -164,11 +170,11 @@ def backward(
         found = rssm_cpu.one_hot_product(grad[B:], index[:-1].flatten(0, 1), latent[1])
         return product(grad[:B].t(), start.t(), out=found, add=True)
 
-    taken = action if policy is None else action_out
+    taken = rssm_cells.clipped(cell, action) if policy is None else policy_options.taken(action_out)
     cell_grads = {}
     if cell_wants:
         before = rssm_cpu.states_before(deter, deter_out)
-        cell_grads = cell_back.gradients(before, rssm_cells.clipped(cell, taken).reshape(rows, -1))
+        cell_grads = cell_back.gradients(before, taken.reshape(rows, -1))
     if "in_stoch" in cell_wants:
         cell_grads["in_stoch"] = stoch_product(cell_back.stoch_grad)
     heads = [prior_back.gradients(lambda grad: product(grad.t(), deter_out.reshape(rows, D).t()))]

@@ -69,7 +69,7 @@ def _forward(outputs, tensors, cell, prior, policy, options, policy_options, tap
         from_action = rssm_triton.from_action(model, cell, rows, deter.dtype)
     else:
         # The actions as their layer reads them.
-        taken = torch.empty_like(action_out) if model.cell == "block_gru" else action_out
+        taken = torch.empty_like(action_out) if policy_options.clip_action else action_out
         first = F.linear(stoch, policy.layers[0].weight[:, D:]).float() if categorical else None
         acting = _acting(model, policy, action, action_out, first)
     previous = deter.new_empty(2, B, D, dtype=torch.float32)
@@ -149,9 +149,9 @@ def _backward(grads, outputs, tensors, cell, prior, policy, options, policy_opti
     backend.triton_kernels("rssm_scan").run(model, weights, rssm_triton.kernel_head(prior), acting, memory)
 
     wanted_cell, wanted_prior, wanted_policy = wanted_weights
-    taken = rssm_cells.clipped(cell, action if policy is None else action_out).flatten(0, 1)
+    taken = rssm_cells.clipped(cell, action) if policy is None else policy_options.taken(action_out)
     stoch_before = lambda: torch.cat([stoch.unsqueeze(0), stoch_out[:-1]]).flatten(0, 1).flatten(1)  # noqa: E731
-    back = rssm_triton.Backward(model, cell, weights, memory, before, stoch_before, taken)
+    back = rssm_triton.Backward(model, cell, weights, memory, before, stoch_before, taken.flatten(0, 1))
     cell_grads = back.of_cell({name for name, wants in wanted_cell._asdict().items() if wants})
     heads = [back.of_head(model.prior, prior, wanted_prior, memory.statistics_rows, lambda: deter_out.flatten(0, 1))]
     if policy is not None:

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -85,8 +86,9 @@ class Policy(nn.Module):
 class Line(nn.Module):
     """Dynamics h' = h + a with z = 0: features are [h, 0]."""
 
-    def imagine_policy(self, policy, start, horizon, generator=None, detach_feature=False):
+    def imagine_policy(self, policy, start, horizon, generator=None, detach_feature=False, clip_action=False):
         assert detach_feature  # as published: gradients pass through actions alone
+        assert clip_action  # as the environment takes them; on this line no action is beyond 1
         h, states, actions = start.deter, [start.deter], []
         for _ in range(horizon):
             a = policy.a.expand(len(h), 1)
@@ -97,16 +99,19 @@ class Line(nn.Module):
         return Trajectory(State(deter, torch.zeros_like(deter)), torch.stack(actions))
 
 
-def on_a_line(name, start=(1.0,), slope=2.0, **options):
-    """An agent whose imagination walks on a line: reward h, value 2h (or another slope), discount 0.5."""
+def on_a_line(name, start=(1.0,), slope=2.0, ended=False, **options):
+    """An agent whose imagination walks on a line: reward h, value 2h (or another slope), discount 0.5; the episode has
+    ended at the last start or not."""
     agent = make(name, imagine_horizon=2, td_lambda=0.5, discount=0.5, **options)
     model = agent.model
     model.world_model.rssm, model.actor = Line(), Policy()
     model.world_model.reward, model.critic = Fixed([1.0, 0.0]), Fixed([slope, 0.0])
     if name != "dreamer_v1":
         model.slow_critic = Fixed([slope, 0.0]).requires_grad_(False)
+    over = torch.zeros(len(start), dtype=torch.bool)
+    over[-1] = ended
     start = State(torch.tensor([start]).T, torch.zeros(len(start), 1))
-    return model, model.imagine(start, None)[0]
+    return model, model.imagine(start, over, None)[0]
 
 
 def test_v1s_behaviour_by_hand():
@@ -137,6 +142,36 @@ def test_v2s_behaviour_by_hand(gradient, mix):
     slope = mix * 0.5 * 1.5 + (1 - mix) * 3.0 + 0.1 * 2
     assert model.actor.a.grad.item() == pytest.approx(-slope)
     assert model.critic.weight.grad is None and model.slow_critic.weight.grad is None
+
+
+def test_v1_learns_nothing_from_what_follows_an_end():
+    """Two starts as by hand above, the second of them an end: half of all there was."""
+    model, losses = on_a_line("dreamer_v1", (1.0, 1.0), ended=True)
+    assert losses["actor"].item() == pytest.approx(-3.5 / 2)
+    assert losses["critic"].item() == pytest.approx(0.5 * (3.0 - 3.5) ** 2 / 2)
+    losses["actor"].backward()
+    assert model.actor.a.grad.item() == pytest.approx(-3.0 / 2)
+
+
+def test_v2_knows_the_discount_where_it_starts():
+    """At an end, target_0 = 1: the reward there and no more, and h = 1.5 has no weight. The action there is paid as
+    anywhere else, as published: nothing depends on it."""
+    _, losses = on_a_line("dreamer_v2", ended=True, actor_gradient="dynamics", entropy_coeff=0.0)
+    assert losses["actor"].item() == pytest.approx(-3.5)
+    assert losses["critic"].item() == pytest.approx(0.5 * (2 - 1) ** 2 / 2)
+
+
+@pytest.mark.parametrize("name", ["dreamer_v1", "dreamer_v2"])
+def test_ends_are_those_of_the_states_imagined_from(name):
+    """Of a batch of six steps, with the episode over at the fourth of the second sequence and the last of the third."""
+    agent = make(name, imagine_last=4)
+    model, batch = agent.model, batch_of(agent)
+    batch["is_terminal"][:] = False
+    batch["is_terminal"][3, 1] = batch["is_terminal"][5, 2] = True
+    seen = {}
+    model.imagine = lambda start, ended, generator: seen.update(start=start, ended=ended) or ({}, {})
+    model.loss(batch)
+    assert seen["ended"].nonzero().flatten().tolist() == [1 * 3 + 1, 3 * 3 + 2] and len(seen["start"].deter) == 12
 
 
 @pytest.mark.parametrize(("gradient", "objective"), [("dynamics", 7.0), ("reinforce", 0.5 * 0.5 * 1.0)])
@@ -238,7 +273,8 @@ def test_every_part_learns_from_its_own_losses(name, env, continues):
         assert found, part
     # The behaviour's losses alone leave the world model as it is.
     model.zero_grad()
-    losses, _ = model.imagine(loss.post.flatten(), torch.Generator().manual_seed(0))
+    over = torch.zeros(18, dtype=torch.bool)
+    losses, _ = model.imagine(loss.post.flatten(), over, torch.Generator().manual_seed(0))
     (losses["actor"] + losses["critic"]).backward()
     assert all(p.grad is None for p in model.world_model.parameters())
     assert any(p.grad is not None and p.grad.any() for p in model.actor.parameters())
@@ -263,6 +299,46 @@ def test_slow_critic_is_renewed_every_so_many_updates():
 def test_a_target_needs_a_state_after_it(name):
     with pytest.raises(ConfigError, match=f"imagine_horizon: agent '{name}' needs at least 2 steps, got 1"):
         preset(name, imagine_horizon=1).resolve()
+
+
+@pytest.mark.parametrize("env", ["gym:Pendulum-v1", "gym:CartPole-v1"])
+@pytest.mark.parametrize("name", ["dreamer_v1", "dreamer_v2", "dreaming", "daydreamer"])
+def test_acts_at_random_until_the_first_update(name, env):
+    """Uniform, whatever the actor says; but shows what it would do when asked for its best."""
+    options = dict(pixels=None, image_size=None, crop_pixels=0, act="elu") if name == "dreaming" else {}
+    agent = make(name, env, exploration_noise=0.0, **options)
+    with torch.no_grad():
+        agent.model.actor.out.weight.zero_()
+        agent.model.actor.out.bias.fill_(5.0)  # means at the upper bound, or its first class
+        agent.model.actor.out.bias[agent.action_size if not agent.discrete else 1 :] = -5.0  # and little noise
+    shape = agent.observation_space["state"].shape
+    observation = {"state": np.zeros((400, *shape), np.float32)}
+    first = np.ones(400, bool)
+
+    def mean(explore):
+        action, _ = agent.act(observation, first, explore=explore)
+        return action.mean()
+
+    uniform, best = (0.5, 0.0) if agent.discrete else (0.0, 1.0)
+    assert mean(True) == pytest.approx(uniform, abs=0.12)  # four standard errors of either
+    assert mean(False) == pytest.approx(best, abs=0.01)
+    before = agent.tensors()["model"]["learned"].clone()
+    agent.update(batch_of(agent))
+    assert mean(True) == pytest.approx(best, abs=0.3)
+    assert not before and agent.tensors()["model"]["learned"]
+
+
+@pytest.mark.parametrize(("kind", "expected"), [(None, [-3.0, 0.0, 2.0]), ("sign", [-1, 0, 1]), ("tanh", None)])
+def test_rewards_are_clipped_for_learning_alone(kind, expected):
+    agent = make("dreamer_v2", clip_rewards=kind)
+    batch, seen = batch_of(agent), {}
+    batch["reward"] = torch.tensor([-3.0, 0.0, 2.0]).expand(6, 3).clone()
+    given, original = batch["reward"].clone(), agent.model.loss
+    agent.model.loss = lambda batch, generator: seen.update(batch) or original(batch, generator)
+    agent.update(batch)
+    expected = [math.tanh(x) for x in (-3, 0, 2)] if expected is None else expected
+    torch.testing.assert_close(seen["reward"][0], torch.tensor(expected, dtype=torch.float32))
+    assert torch.equal(batch["reward"], given)
 
 
 def test_exploration_noise():

@@ -209,3 +209,15 @@ def test_bad_shapes(shapes, message):
         nn.Encoder(shapes)
     with pytest.raises(ConfigError, match=message):
         nn.Decoder(4, shapes)
+
+
+@pytest.mark.parametrize(("conv_act", "expected"), [(None, torch.nn.ELU), ("relu", torch.nn.ReLU)])
+@pytest.mark.parametrize(("cls", "first"), [(nn.Encoder, ()), (nn.Decoder, (6,))])
+def test_convolutions_may_have_an_activation_of_their_own(cls, first, conv_act, expected):
+    net = cls(*first, {"image": (3, 16, 16), "state": (4,)}, **SMALL, act="elu", conv_act=conv_act)
+
+    def activations(module):
+        return {type(m) for m in module.modules()} & {torch.nn.ELU, torch.nn.ReLU, torch.nn.SiLU}
+
+    assert activations(net.image_nets) == {expected}
+    assert activations(net.vector_net) == {torch.nn.ELU}

@@ -238,6 +238,37 @@ def test_a_policy_that_detaches_passes_the_start_no_gradient(loop, latent, backe
     assert not torch.allclose(kept, found[0], rtol=1e-2)
 
 
+@pytest.mark.parametrize("backend", ["reference", cpu])
+@pytest.mark.parametrize("kind", CELLS)
+def test_clipped_actions_lead_where_actions_within_bounds_do(kind, backend):
+    """States and their gradients are those of the clipped actions; what the policy drew is returned as it is."""
+    case = Case(kind, loop="bounded_normal", dtype=torch.float32)
+    start = {k: case.tensors[k].clone().requires_grad_() for k in ("deter", "stoch")}
+    with ops.use_backend(backend):
+        *states, action = case.call(start, clip_action=True, policy_max_std=3.0, detach_feature=True)
+        args, _ = case.arguments(start)
+        expected = ops.rssm_imagine(action.detach().clamp(-1, 1), *args[1:6])
+        *free, unclipped = case.call(policy_max_std=3.0)
+    assert (action.abs() > 1).any()
+    torch.testing.assert_close(unclipped[0], action[0])  # drawn at the same state
+    for x, y in zip(states, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+    assert torch.equal(free[0], states[0]) == (kind == "block_gru")  # which clips by itself
+    total = lambda xs: sum((x * (i + 1)).square().sum() for i, x in enumerate(xs[:2]))  # noqa: E731
+    leaves = list(start.values())
+    for x, y in zip(*(torch.autograd.grad(total(xs), leaves) for xs in (states, expected)), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5 * y.abs().max().item())
+
+
+def test_the_bound_of_a_clipped_action_gets_no_gradient():
+    """By hand: beyond 1, d(a/|a|)/da is taken as 1/|a|."""
+    action = torch.tensor([[-3.0, 0.5, 1.0, 2.0]], requires_grad=True)
+    taken = rssm_cells.clip_action(action)
+    assert taken.tolist() == [[-1.0, 0.5, 1.0, 1.0]]
+    (grad,) = torch.autograd.grad(taken.sum(), action)
+    torch.testing.assert_close(grad, torch.tensor([[1 / 3, 1.0, 1.0, 0.5]]))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # C++ against the reference.
 
@@ -288,10 +319,11 @@ def test_cpu_takes_every_norm_and_these_activations(kind, norm, act, policy_act)
         ("bounded_normal", dict(policy_min_std=0.3, policy_max_std=2.5)),
         ("tanh_normal", dict(rms_eps=0.1, layer_eps=0.2)),
         *((loop, dict(detach_feature=True)) for loop in POLICIES),
+        *((loop, dict(clip_action=True)) for loop in POLICIES),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("kind", ["layernorm_gru", "block_gru"])
+@pytest.mark.parametrize("kind", CELLS)
 def test_cpu_takes_the_options(kind, loop, options):
     case = Case(kind, loop=loop, dtype=torch.float32)
     assert_same(case.run("cpu", **options), case.run("reference", **options))
@@ -467,7 +499,7 @@ def check_shapes_in_the_interpreter():
     assert_same(triton_run(case, "tile", gumbel=True), case.run("reference", gumbel=True))
     case.noise = case.noise[..., 0].contiguous()
     assert_same(triton_run(case, "split"), case.run("reference"))
-    options = dict(detach_feature=True)
+    options = dict(detach_feature=True, clip_action=True)
     for latent, shape in (((3, 4), "tile"), ((5,), "split")):
         case = Case("layernorm_gru", latent, "tanh_normal", H=3, dtype=torch.float32)
         assert_same(triton_run(case, shape, **options), case.run("reference", **options))

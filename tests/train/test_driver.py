@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,16 @@ def driver(tiny):
     driver = Driver(make_env(tiny), budget=60.0)
     yield driver
     driver.env.close()
+
+
+def test_options_of_the_environment_go_to_it(tiny, monkeypatch):
+    """And those that were left at None do not: another environment may not know them."""
+    seen = []
+    monkeypatch.setattr("phyxdream.train.driver.envs.make", lambda *args, **options: seen.append(options))
+    make_env(tiny)
+    make_env(replace(tiny, camera=1, repeat_action_probability=0.25))
+    assert "camera" not in seen[0] and "repeat_action_probability" not in seen[0]
+    assert seen[1]["camera"] == 1 and seen[1]["repeat_action_probability"] == 0.25
 
 
 def walk(driver, steps, seed=0):
