@@ -22,19 +22,19 @@ from typing import Any
 import numpy as np
 
 from phyxdream.agents.config import DreamerConfig, preset
+from phyxdream.bench.pages import fill, rewrite
 from phyxdream.bench.results import ResultsError
 from phyxdream.bench.table import markdown
-from phyxdream.errors import PhyxdreamError, suggest
+from phyxdream.errors import PhyxdreamError
 from phyxdream.train.compare import Member, curves_figure, group, read_member
 from phyxdream.train.driver import Driver, make_env
 from phyxdream.train.report import count, figure_png, write_files
 from phyxdream.train.run import Run, write_json
 
 FOLDER = Path("docs/results/family")
-_MARKED = re.compile(r"(<!-- family (\w+) -->\n).*?(<!-- end family -->)", re.DOTALL)
 _DIRECTORY = re.compile(r"(.+)-seed(\d+)")
 # What makes two runs meet the same environment, whatever learns in it.
-_TASK = ("env", "action_repeat", "time_limit", "pixels", "image_size", "camera")
+_TASK = ("env", "action_repeat", "repeat_action_probability", "time_limit", "pixels", "image_size", "camera")
 _START = ("started", "phyxdream", "python", "torch", "numpy", "gymnasium", "envpool", "platform", "cpu", "cores",
           "threads", "processes", "gpu", "cuda")  # fmt: skip
 _UNLEARNED, _EPISODES, _SEED = "unlearned.json", 100, 3_000_000
@@ -283,14 +283,7 @@ BLOCKS = {"table": _family, "results": _results}
 
 def update(text: str, methods: list[Method]) -> str:
     """`text` with every marked block made anew; `ResultsError` for a block that is not in `BLOCKS`."""
-
-    def block(match: re.Match) -> str:
-        name = match[2]
-        if name not in BLOCKS:
-            raise ResultsError(f"unknown block {name!r}{suggest(name, BLOCKS)} (known: {', '.join(BLOCKS)})")
-        return f"{match[1]}{BLOCKS[name](methods)}\n{match[3]}"
-
-    return _MARKED.sub(block, text)
+    return fill(text, "family", BLOCKS, methods)
 
 
 def _envs(methods: list[Method]) -> list[str]:
@@ -326,7 +319,6 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if bool(options.runs) != bool(options.add):
         parser.error("expected --add NAME together with run directories")
-    stale = 0
     try:
         if options.add:
             for path in add(options.folder, options.add, options.runs):
@@ -335,21 +327,10 @@ def main(argv: list[str] | None = None) -> int:
         if not options.check:
             for path in write_pictures(options.folder, methods):
                 print(f"{path}: written")
-        for page in options.pages:
-            old = page.read_text(encoding="utf-8")
-            new = update(old, methods)
-            if options.check:
-                stale += new != old
-                print(f"{page}: {'differs from the runs' if new != old else 'agrees with the runs'}")
-            elif new != old:
-                page.write_text(new, encoding="utf-8")
-                print(f"{page}: written")
-            else:
-                print(f"{page}: nothing has changed")
+        return rewrite(options.pages, lambda text: update(text, methods), options.check)
     except (OSError, PhyxdreamError) as error:
         print(error, file=sys.stderr)
         return 1
-    return 1 if stale else 0
 
 
 if __name__ == "__main__":

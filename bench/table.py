@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from phyxdream.bench import SUITES, load_suite, results
+from phyxdream.bench.pages import fill, rewrite
 from phyxdream.bench.results import ResultsError, bytes_text, machine_name, ratio_text, seconds_text, share_text
-from phyxdream.errors import suggest
 
 Rows = list[dict[str, Any]]
-_MARKED = re.compile(r"(<!-- bench (\w+) -->\n).*?(<!-- end bench -->)", re.DOTALL)
 
 
 @dataclass
@@ -50,13 +49,7 @@ def update(text: str, folder: Path) -> str:
         else:
             found.timings.append(results.check(result, str(path)))
 
-    def block(match: re.Match) -> str:
-        name = match[2]
-        if name not in BLOCKS:
-            raise ResultsError(f"unknown block {name!r}{suggest(name, BLOCKS)} (known: {', '.join(BLOCKS)})")
-        return f"{match[1]}{BLOCKS[name](found)}\n{match[3]}"
-
-    return _MARKED.sub(block, text)
+    return fill(text, "bench", BLOCKS, found)
 
 
 def _newest(timings: list[dict[str, Any]]) -> dict[str, tuple[list[dict[str, Any]], Rows]]:
@@ -265,23 +258,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=results.FOLDER, help="folder of the JSON files")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a page differs from the files")
     options = parser.parse_args(argv)
-    stale = 0
-    for page in options.pages:
-        try:
-            old = page.read_text(encoding="utf-8")
-            new = update(old, options.results)
-        except (OSError, ResultsError) as error:
-            print(f"{page}: {error}", file=sys.stderr)
-            return 1
-        if options.check:
-            stale += new != old
-            print(f"{page}: {'differs from the results' if new != old else 'agrees with the results'}")
-        elif new != old:
-            page.write_text(new, encoding="utf-8")
-            print(f"{page}: written")
-        else:
-            print(f"{page}: nothing has changed")
-    return 1 if stale else 0
+    try:
+        return rewrite(options.pages, lambda text: update(text, options.results), options.check)
+    except (OSError, ResultsError) as error:
+        print(error, file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -498,8 +498,8 @@ _V1: dict[str, Any] = dict(
     learning_rate=6e-4, actor_learning_rate=8e-5, critic_learning_rate=8e-5, adam_eps=1e-7,
 )  # fmt: skip
 _PLANET: dict[str, Any] = _V1 | dict(
-    agent="planet", action_repeat=8, act="relu", units=300, reward_layers=3, reward_coeff=10.0, discount=1.0,
-    image_bits=5, plan_noise="own", prefill=625, train_ratio=2000.0, learning_rate=1e-3, adam_eps=1e-4,
+    agent="planet", action_repeat=8, act="relu", conv_act=None, units=300, reward_layers=3, reward_coeff=10.0,
+    discount=1.0, image_bits=5, plan_noise="own", prefill=625, train_ratio=2000.0, learning_rate=1e-3, adam_eps=1e-4,
     grad_clip=1000.0,
 )  # fmt: skip
 _V2: dict[str, Any] = _V1 | dict(

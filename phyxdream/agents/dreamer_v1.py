@@ -100,6 +100,12 @@ class WorldModelV1(WorldModel):
         return tuple(torch.where(distributed.mean(half.mean()) > free_nats, half, free_nats) for half in halves)
 
 
+def same_episode(is_first: Tensor, k: int) -> Tensor:
+    """1.0 where the step t − k of a sequence (T, B) is of the same episode as t, for t from k on: (T − k, B)."""
+    episode = is_first.int().cumsum(0)
+    return (episode[k:] == episode[: len(episode) - k]).float()
+
+
 class DreamerV1(ActorLearner):
     """The learned parts of the agent and what they are trained on; the arguments are those of `Learner`."""
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from phyxdream import distributed
 from phyxdream.agents.config import DreamerConfig
-from phyxdream.agents.dreamer_v1 import DreamerV1, WorldModelV1
+from phyxdream.agents.dreamer_v1 import DreamerV1, WorldModelV1, same_episode
 from phyxdream.agents.dreamer_v2 import DreamerV2
 from phyxdream.agents.world_model import Batch, Encoded, WorldModelOutput
 from phyxdream.nn.crops import Crops
@@ -126,12 +126,6 @@ class DreamingWorldModel(WorldModelV1):
                 mean = distributed.mean((half * valid).mean()) / count
                 loss = loss + _later(coeff * valid * torch.where(mean > c.free_nats, half, c.free_nats), k)
         return loss
-
-
-def same_episode(is_first: Tensor, k: int) -> Tensor:
-    """1.0 where the step t − k of a sequence (T, B) is of the same episode as t, for t from k on: (T − k, B)."""
-    episode = is_first.int().cumsum(0)
-    return (episode[k:] == episode[: len(episode) - k]).float()
 
 
 def _later(x: Tensor, k: int) -> Tensor:

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from phyxdream.agents.dreamer_v1 import WorldModelV1
+from phyxdream.agents.dreamer_v1 import WorldModelV1, same_episode
 from phyxdream.agents.learner import PlannerLearner
 from phyxdream.agents.optimizer import ClippedAdam
 from phyxdream.agents.world_model import Batch, WorldModel, WorldModelOutput
@@ -67,14 +67,12 @@ class WorldModelPlaNet(WorldModelV1):
         go to the dynamics and to the state they start from, not to the posterior that came.
         """
         c, D, T = self.config, self.config.overshooting, len(is_first)
-        time = torch.arange(T, device=is_first.device)
-        to = time + torch.arange(1, D + 2, device=is_first.device).unsqueeze(1)  # (D + 1, T), from 1 step ahead on
-        inside, to = to < T, to.clamp(max=T - 1)
-        prior = self.imagine_from_all(post, action, D + 1, generator)
-        kl, _ = balanced_kl(post.detach()[to[1:]], prior[1:], c.free_nats, c.unimix)
-        episode = is_first.long().cumsum(0)
-        same = (episode[to] == episode) & inside.unsqueeze(-1)
-        return torch.where(same[1:], kl, 0.0).sum(0) / D
+        prior, came = self.imagine_from_all(post, action, D + 1, generator), post.detach()
+        total = torch.zeros_like(came.deter[..., 0])
+        for k in range(2, D + 2):
+            kl, _ = balanced_kl(came[k:], prior[k - 1, : T - k], c.free_nats, c.unimix)
+            total[: T - k] += kl * same_episode(is_first, k)
+        return total / D
 
     def loss_coeff(self, name: str) -> float:
         return self.config.overshooting_coeff if name == "overshooting" else super().loss_coeff(name)

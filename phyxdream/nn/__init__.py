@@ -15,7 +15,7 @@ from phyxdream.nn.distributions import (
     kl_divergence,
     symexp_bins,
 )
-from phyxdream.nn.heads import Actor, BernoulliHead, NormalHead, SlotHead, TwoHotHead
+from phyxdream.nn.heads import Actor, BernoulliHead, ScalarHead, SlotHead, TwoHotHead
 from phyxdream.nn.layers import MLP, BlockLinear, Dense, symexp, symlog
 from phyxdream.nn.mdn_lstm import MDNLSTM
 from phyxdream.nn.rssm import RSSM, State, Trajectory
@@ -26,8 +26,8 @@ from phyxdream.nn.vision import Decoder, Encoder, ImageDecoder, ImageEncoder
 
 __all__ = [
     "MDNLSTM", "MLP", "RSSM", "Actor", "Bernoulli", "BernoulliHead", "BlockLinear", "Contrast", "Crops", "Decoder",
-    "Dense", "Encoder", "GaussianMixture", "ImageDecoder", "ImageEncoder", "Normal", "NormalHead", "OneHotCategorical",
-    "SlotAttention",
+    "Dense", "Encoder", "GaussianMixture", "ImageDecoder", "ImageEncoder", "Normal", "OneHotCategorical",
+    "ScalarHead", "SlotAttention",
     "SlotAutoencoder", "SlotDecoder", "SlotEncoder", "SlotHead", "SlotMixture", "SlotPicture", "SlotRSSM", "SlotTokens",
     "SlotTransformer", "SoftPosition", "SquaredError", "State", "TanhNormal", "Trajectory", "TwoHotHead",
     "TwoHotSymlog", "balanced_kl", "kl_divergence", "symexp", "symexp_bins", "symlog",

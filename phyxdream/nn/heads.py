@@ -56,19 +56,6 @@ class BernoulliHead(nn.Module):
         return Bernoulli(self.out(self.mlp(feature)).squeeze(-1))
 
 
-class NormalHead(nn.Module):
-    """A scalar or vector of unit variance: rewards and values of V1 and V2. (..., inputs) to Normal (..., outputs)."""
-
-    def __init__(self, inputs: int, units: int, layers: int, outputs: int = 1, act: str = "elu", norm: str = "none"):
-        super().__init__()
-        self.mlp = MLP(inputs, units, layers, act, norm)
-        self.out = linear(self.mlp.out_size, outputs)
-
-    def forward(self, feature: Tensor) -> Normal:
-        mean = self.out(self.mlp(feature))
-        return Normal(mean, torch.ones_like(mean))
-
-
 class ScalarHead(nn.Module):
     """A scalar of unit variance: rewards and values of V1 and V2. (..., inputs) to UnitNormal (...)."""
 

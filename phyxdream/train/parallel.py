@@ -32,6 +32,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -53,6 +54,8 @@ LEAD = 16
 QUESTIONS = 2
 # How often an actor may die without having handed over a row before the run is given up.
 DEATHS = 3
+# Seconds without an answer after which the learner says so.
+SILENCE = 60.0
 # Published weights whose age is known.
 _REMEMBERED = 256
 
@@ -194,6 +197,7 @@ class ParallelSession(Learning):
         self.journal: Journal | None = None
         self.published: Published | None = None
         self.workers: dict[int, Worker] = {}
+        self._waiting_since: dict[int, float] = {}
         self._oldest_journal = 0
         self._threads: list[threading.Thread] = []
         self._published_at: dict[int, float] = {}
@@ -250,8 +254,9 @@ class ParallelSession(Learning):
         with self.changed:
             self._ending = True
             self.changed.notify_all()
-        for worker in list(self.workers.values()):
-            worker.stop()
+        workers = list(self.workers.values())
+        with ThreadPoolExecutor(max(1, len(workers))) as pool:  # an environment that hangs keeps no other one waiting
+            list(pool.map(lambda worker: worker.stop(), workers))
         for thread in self._threads:
             thread.join()
         self._threads = []
@@ -275,6 +280,7 @@ class ParallelSession(Learning):
         """One update; or, before the first fill is complete, a moment's wait for more rows."""
         if self._error is not None:
             raise self._error
+        self._tell_of_silence()
         if not self.learns:
             with self.changed:
                 self.changed.wait(0.1)
@@ -285,6 +291,15 @@ class ParallelSession(Learning):
             self.changed.notify_all()
         if time.monotonic() - self.published.time >= self.config.publish_every:
             self.publish()
+
+    def _tell_of_silence(self) -> None:
+        """Say once of every actor that does not answer. It is not killed: nobody knows how long a step may take."""
+        now = time.monotonic()
+        for number, since in list(self._waiting_since.items()):
+            if now - since > SILENCE and self._waiting_since.pop(number, None) is not None:
+                where = f" (process {pid})" if (pid := getattr(self.workers[number], "pid", None)) else ""
+                self._say(f"actor {number}{where} has not answered for {SILENCE:.0f} s: its environment may hang. Once "
+                          "killed, it is started again")  # fmt: skip
 
     def publish(self) -> None:
         """Give out the weights as they are: actors get them with their next question, all of them or none."""
@@ -333,7 +348,9 @@ class ParallelSession(Learning):
         try:
             for turn in range(sys.maxsize):
                 if turn >= QUESTIONS:
+                    self._waiting_since[number] = time.monotonic()
                     message = worker.answer()
+                    self._waiting_since.pop(number, None)
                     if self._ending:
                         return
                     self.take(message)
@@ -343,6 +360,7 @@ class ParallelSession(Learning):
                 worker.ask(newest.weights if newest is not given else None)
                 given = newest
         finally:
+            self._waiting_since.pop(number, None)
             worker.stop()
 
     def _wait_for_turn(self) -> bool:

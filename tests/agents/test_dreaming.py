@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from phyxdream.agents import DreamerAgent, preset
-from phyxdream.agents.dreaming import DreamingWorldModel, LinearDynamics, same_episode
+from phyxdream.agents.dreamer_v1 import same_episode
+from phyxdream.agents.dreaming import DreamingWorldModel, LinearDynamics
 from phyxdream.agents.world_model import Encoded
 from phyxdream.errors import ConfigError
 from phyxdream.nn import RSSM

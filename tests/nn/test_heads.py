@@ -41,10 +41,9 @@ def test_two_hot_head_starts_at_zero_and_learns():
 
 def test_shapes():
     assert nn.BernoulliHead(FEATURE, 8, 1)(features(4, 2)).mean.shape == (4, 2)
-    normal = nn.NormalHead(FEATURE, 8, 2, outputs=3)(features(4, 2))
-    assert normal.mode.shape == (4, 2, 3)
-    assert normal.loss(torch.zeros(4, 2, 3)).shape == (4, 2)
-    torch.testing.assert_close(normal.loss(normal.mean), torch.full((4, 2), 1.5 * math.log(2 * math.pi)))
+    scalar = nn.ScalarHead(FEATURE, 8, 2)(features(4, 2))
+    assert scalar.mode.shape == (4, 2)
+    torch.testing.assert_close(scalar.loss(scalar.mean + 2), torch.full((4, 2), 2.0))
     for dist in ("categorical", "bounded_normal", "tanh_normal"):
         policy = nn.Actor(FEATURE, 3, 8, 2, dist)(features(4, 2))
         action = policy.sample()
@@ -96,19 +95,14 @@ def test_tanh_normal_actor():
 def test_every_parameter_learns():
     heads = (
         nn.BernoulliHead(FEATURE, 8, 1),
-        nn.NormalHead(FEATURE, 8, 2),
+        nn.ScalarHead(FEATURE, 8, 2),
         nn.Actor(FEATURE, 3, 8, 2, "categorical"),
         nn.TwoHotHead(FEATURE, 8, 2, scale=1.0),
     )
     for head in heads:
         out = head(features(4))
         target = torch.rand(4)
-        if isinstance(head, nn.Actor):
-            loss = -out.log_prob(out.mode)
-        elif isinstance(head, nn.NormalHead):
-            loss = out.loss(target[:, None])
-        else:
-            loss = out.loss(target)
+        loss = -out.log_prob(out.mode) if isinstance(head, nn.Actor) else out.loss(target)
         loss.sum().backward()
         still = [n for n, p in head.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
         assert still == [], type(head).__name__

@@ -42,6 +42,7 @@ class Local:
 
     def __init__(self, config, number, incarnation):
         self.actor, self.answers, self.dead = Actor(config.to_dict(), number, incarnation), [], False
+        self.number = number
 
     def ask(self, weights):
         self.answers.append(weights)
@@ -333,6 +334,53 @@ def test_an_actor_that_cannot_go_on_ends_the_run(counting, local, env):
     error, message = (EnvError, "nan") if env == "Wrong-v0" else (ActorError, "(?s)in a row.*Traceback.*the arm is not")
     with pytest.raises(error, match=message):
         DreamerAgent(config).train(quiet=True)
+
+
+def test_an_actor_that_does_not_answer_is_told_of(counting, local, monkeypatch):
+    """Once; the others go on, and it does when it wakes."""
+    monkeypatch.setattr(parallel, "SILENCE", 0.05)
+    wakes, answer = threading.Event(), Local.answer
+
+    def answer_or_hang(self):
+        if self.number == 1 and not wakes.is_set():
+            wakes.wait()
+        return answer(self)
+
+    monkeypatch.setattr(Local, "answer", answer_or_hang)
+    session = start(replace(counting, actors=2, total_steps=10**6, prefill=10**9))
+    run_until(session, lambda: any("actor 1 has not answered" in x for x in session.said))
+    rows = session.lives[0][1]
+    run_until(session, lambda: session.lives[0][1] > rows + ROWS)
+    assert sum("actor 1 has not answered for 0 s: its environment may hang" in x for x in session.said) == 1
+    assert not session.lives[1][1]
+    wakes.set()
+    run_until(session, lambda: session.lives[1][1])
+    session.close()
+
+
+def test_actors_are_stopped_together(counting, monkeypatch):
+    """None of them waits until another has closed."""
+    together = threading.Barrier(3, timeout=60)
+
+    class Slow(Local):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.asked, self.closed = threading.Lock(), threading.Event()
+
+        def answer(self):
+            self.closed.wait()
+            raise ActorDied("closed")
+
+        def stop(self):
+            if self.asked.acquire(blocking=False):
+                together.wait()
+                self.closed.set()
+
+    monkeypatch.setitem(parallel.BACKENDS, "process", Slow)
+    session = start(replace(counting, actors=3))
+    run_until(session, lambda: len(session.workers) == 3)
+    session.close()
+    assert all(worker.closed.is_set() for worker in session.workers.values())
 
 
 def test_a_parallel_run_stays_one(counting, local):
