@@ -34,7 +34,7 @@ from phyxdream.train.run import Run, write_json
 FOLDER = Path("docs/results/family")
 _DIRECTORY = re.compile(r"(.+)-seed(\d+)")
 # What makes two runs meet the same environment, whatever learns in it.
-_TASK = ("env", "action_repeat", "repeat_action_probability", "time_limit", "pixels", "image_size", "camera")
+_TASK = ("env", "action_repeat", "time_limit", "pixels", "image_size", "camera", "env_options")
 _START = ("started", "phyxdream", "python", "torch", "numpy", "gymnasium", "envpool", "platform", "cpu", "cores",
           "threads", "processes", "gpu", "cuda")  # fmt: skip
 _UNLEARNED, _EPISODES, _SEED = "unlearned.json", 100, 3_000_000
@@ -190,7 +190,11 @@ def _baselines(folder: Path) -> list[dict[str, Any]]:
 
 def _task(options: Mapping[str, Any]) -> dict[str, Any]:
     config = DreamerConfig.from_dict(dict(options))
-    return {name: config.env_id if name == "env" else getattr(config, name) for name in _TASK}
+    return {
+        **{name: getattr(config, name) for name in _TASK},
+        "env": config.env_id,
+        "env_options": list(config.env_options),
+    }
 
 
 def _json(value: Any) -> bytes:

@@ -55,7 +55,8 @@ class Eval:
     episodes: int = 100
     seed: int = 2_000_000
     explore: bool = False
-    """Sample actions instead of taking the most likely one."""
+    """Act as in training: sampled actions instead of the most likely ones. Reports show such an evaluation in their
+    table alone, comparisons not at all."""
     open_loop: bool = False
     """Also how far the model sees: its errors over 32 new episodes of random actions, of which it is shown the first
     steps, for as long as the shortest lasts. The same ones, whatever --seed and --episodes, for all runs with the same
@@ -197,10 +198,10 @@ def _eval(argv: list[str]) -> int:
     run = Run.open(options.run)
     agent, found = load_agent(run)
     result = evaluate(agent, options.episodes, options.seed, explore=options.explore)
-    run.add_evaluation({"step": found.step, "returns": result.returns, "lengths": result.lengths,
-                        "seed": options.seed})  # fmt: skip
+    row = {"step": found.step, "returns": result.returns, "lengths": result.lengths, "seed": options.seed}
+    run.add_evaluation(row | ({"explore": True} if options.explore else {}))
     print(f"evaluation return: {result.mean:.3f} ± {result.std:.3f} over {len(result.returns)} episodes "
-          f"(step {found.step}, seed {options.seed})")  # fmt: skip
+          f"(step {found.step}, seed {options.seed}{', exploring' if options.explore else ''})")  # fmt: skip
     if options.open_loop:
         errors = open_loop_error(agent)
         write_open_loop(run, found.step, errors)

@@ -41,7 +41,9 @@ def test_train_on_slots(tmp_path, capsys):
     slots = ["--slots", "2", "--slot-size", "8", "--slot-depth", "4", "--slot-layers", "1", "--slot-decoder-size", "8"]
     options = [*TINY, "--env", "envpool:Catch-v0", *slots, "--logdir", logdir]
     assert main(["train", "phyxdream", *options]) == 0
-    assert main(["eval", logdir, "--episodes", "2", "--open-loop"]) == 0
+    assert main(["eval", logdir, "--episodes", "2", "--open-loop", "--explore"]) == 0
+    evaluations = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert [row.get("explore", False) for row in evaluations] == [False, True]
     assert main(["report", logdir]) == 0
     assert (tmp_path / "run" / "open_loop.gif").exists() and (tmp_path / "run" / "open_loop.json").exists()
     output = capsys.readouterr().out

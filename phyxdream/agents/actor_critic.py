@@ -59,6 +59,7 @@ def imagination_loss(
     td_lambda: float,
     entropy_coeff: float,
     slow_coeff: float,
+    generator: torch.Generator | None = None,
 ) -> tuple[Losses, Tensor]:
     """Actor and critic losses on imagined trajectories, and their λ-returns (H, N).
 
@@ -67,6 +68,7 @@ def imagination_loss(
         action: (H, N, A), `action[t]` was taken at `feature[t]`.
         reward, cont: (H+1, N) predicted at each state; `cont` is discount times the chance to go on.
         td_lambda, entropy_coeff, slow_coeff: λ, weight of the entropy, weight of the slow-critic regulariser.
+        generator: draws where an entropy is an estimate.
 
     The actor follows REINFORCE for discrete and continuous actions alike.
     """
@@ -78,7 +80,7 @@ def imagination_loss(
     scale = normalizer(returns)
     advantage = (returns - baseline[:-1]) / scale
     policy = actor(feature[:-1])
-    entropy = policy.entropy()
+    entropy = policy.entropy(generator)
     with torch.no_grad():
         slow_value = slow_critic(feature).mode
     # The last state has no return of its own; it only bootstraps.

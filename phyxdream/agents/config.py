@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import json
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
@@ -32,9 +35,6 @@ class DreamerConfig:
     """Environments stepped together; under torchrun, by each process."""
     action_repeat: int = 1
     """Environment steps per action; rewards are summed."""
-    repeat_action_probability: float | None = None
-    """Of Atari, sticky actions: how likely the action before is carried out instead (None: the environment's own, which
-    of envpool is 0)."""
     time_limit: int | None = None
     """Environment steps after which an episode is cut off (None: the environment's own limit)."""
     pixels: bool | None = None
@@ -43,6 +43,8 @@ class DreamerConfig:
     """Side in pixels to which pictures are resized or rendered (None: as they are, 64 when rendered)."""
     camera: int | None = None
     """Camera id for rendered pictures (None: the environment's own)."""
+    env_options: tuple[str, ...] = ()
+    """What else the environment takes, see `envs.make`: NAME=VALUE each, such as full_action_space=true."""
 
     # -- Run
     total_steps: int = 1_000_000
@@ -304,6 +306,19 @@ class DreamerConfig:
             return self.env
         return f"{'unity' if self.env_backend == 'unity_mlagents' else self.env_backend}:{self.env}"
 
+    @property
+    def env_arguments(self) -> dict[str, Any]:
+        """`env_options` by name, their values as JSON or Python writes them, or else text."""
+        found: dict[str, Any] = {}
+        for option in self.env_options:
+            name, _, value = option.partition("=")
+            found[name] = value
+            for read in (json.loads, ast.literal_eval):
+                with contextlib.suppress(ValueError, SyntaxError):
+                    found[name] = read(value)
+                    break
+        return found
+
     def resolve(self) -> DreamerConfig:
         """A copy with every None that has a rule filled in, checked; raises `ConfigError` naming what is wrong."""
         unknown = set(vars(self)) - {f.name for f in fields(self)}
@@ -359,9 +374,9 @@ class DreamerConfig:
             value = getattr(self, name)
             if not (_is_number(value) and value > 0) and not (value is None and "None" in kinds[name]):
                 raise ConfigError(f"{name}: expected a positive number, got {value!r}")
-        for name in ("discount", "td_lambda", "slow_critic_rate", "actor_mix", "repeat_action_probability"):
+        for name in ("discount", "td_lambda", "slow_critic_rate", "actor_mix"):
             value = getattr(self, name)
-            if not (_is_number(value) and 0 <= value <= 1) and not (value is None and "None" in kinds[name]):
+            if not (_is_number(value) and 0 <= value <= 1):
                 raise ConfigError(f"{name}: expected a number in [0, 1], got {value!r}")
         for name in ("unimix", "beta1", "beta2"):
             value = getattr(self, name)
@@ -436,10 +451,18 @@ class DreamerConfig:
             if self.actor_dist is not None:
                 raise ConfigError(f"actor_dist: agent 'world_models' has a linear controller, expected None, got "
                                   f"{self.actor_dist!r}")  # fmt: skip
+        for option in self.env_options:
+            name, equals, _ = option.partition("=")
+            if not equals or not name.isidentifier():
+                raise ConfigError(f"env_options: expected NAME=VALUE, got {option!r}")
+            if name in _ENV_ARGUMENTS:
+                raise ConfigError(f"env_options: {name} is no option of the environment's own, got {option!r}")
         if not self.depth_mults or not all(isinstance(m, int) and m >= 1 for m in self.depth_mults):
             raise ConfigError(f"depth_mults: expected positive integers, got {self.depth_mults}")
 
 
+_ENV_ARGUMENTS = ("id", "num_envs", "seed", "action_repeat", "time_limit", "image_size", "pixels", "camera",
+                  "segmentation")  # fmt: skip
 SLOT_HEADS = 4  # of self-attention among slots
 REPRESENTATIONS = {
     "dreamer_v1": ("reconstruction", "contrastive", "reward_only"),
@@ -529,10 +552,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dreamer_v2": _V2,
     # Discrete actions and episodes that end.
     "dreamer_v2_atari": _V2 | dict(
-        env="Pong-v5", num_envs=8, action_repeat=1, repeat_action_probability=0.25, clip_rewards="tanh",
-        deter_size=600, hidden_size=600, kl_loss_coeff=0.1, free_nats=0.0,
-        continue_coeff=5.0, discount=0.999, entropy_coeff=1e-3, learning_rate=2e-4, actor_learning_rate=4e-5,
-        critic_learning_rate=1e-4, prefill=50_000, train_ratio=50.0, total_steps=50_000_000,
+        env="Pong-v5", num_envs=8, action_repeat=1, env_options=("repeat_action_probability=0.25",),
+        clip_rewards="tanh", deter_size=600, hidden_size=600, kl_loss_coeff=0.1, free_nats=0.0, continue_coeff=5.0,
+        discount=0.999, entropy_coeff=1e-3, learning_rate=2e-4, actor_learning_rate=4e-5, critic_learning_rate=1e-4,
+        prefill=50_000, train_ratio=50.0, total_steps=50_000_000,
     ),
     "dreamer_v1": _V1,
     "planet": _PLANET,

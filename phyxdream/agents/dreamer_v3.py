@@ -66,7 +66,7 @@ class DreamerV3(ActorLearner):
             reward, cont = self.world_model.reward(feature).mode, self.world_model.cont(feature).mean
         behaviour, returns = imagination_loss(
             self.actor, self.critic, self.slow_critic, self.normalizer, feature, trajectory.action, reward, cont,
-            c.td_lambda, c.entropy_coeff, c.slow_critic_coeff,
+            c.td_lambda, c.entropy_coeff, c.slow_critic_coeff, generator,
         )  # fmt: skip
         return behaviour, returns[0].view(post.deter.shape[:2])
 

@@ -304,7 +304,8 @@ def _curves(axes: Mapping[str, Array], y: Array) -> dict[str, Curve]:
 
 
 def _evaluations(run: Run, step: Array, seconds: Array) -> list[dict[str, float]]:
-    """By step: all evaluations of a step are one. `step` and `seconds` tell the time of those that do not have it."""
+    """By step: all evaluations of the greedy policy at a step are one. `step` and `seconds` tell the time of those that
+    do not have it."""
     found: dict[int, dict[Any, dict[str, float]]] = {}
     for row in run.evaluations():
         try:
@@ -312,7 +313,7 @@ def _evaluations(run: Run, step: Array, seconds: Array) -> list[dict[str, float]
             usable = summary is not None and all(math.isfinite(summary[k]) for k in ("mean", "std", "episodes"))
         except (TypeError, ValueError) as e:
             raise ConfigError(f"{run.evaluation} is damaged: {e}") from e
-        if usable and summary["episodes"] > 0 and is_number(row.get("step")):
+        if usable and summary["episodes"] > 0 and is_number(row.get("step")) and not row.get("explore"):
             # Evaluating again with the same seed plays the same episodes again.
             found.setdefault(int(row["step"]), {})[str(row.get("seed"))] = {**summary, "time": row.get("time")}
     rows = []

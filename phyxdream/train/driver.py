@@ -17,7 +17,6 @@ def make_env(
     config: DreamerConfig, num_envs: int | None = None, seed: int | None = None, segmentation: bool = False
 ) -> VectorEnv:
     """The environments a configuration asks for; `segmentation` as for `envs.make`."""
-    options = {name: getattr(config, name) for name in ("camera", "repeat_action_probability")}
     return envs.make(
         config.env_id,
         num_envs=num_envs or config.num_envs,
@@ -27,7 +26,8 @@ def make_env(
         image_size=config.image_size,
         pixels=config.pixels,
         segmentation=segmentation,
-        **{name: value for name, value in options.items() if value is not None},
+        **({} if config.camera is None else {"camera": config.camera}),
+        **config.env_arguments,
     )
 
 

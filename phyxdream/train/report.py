@@ -83,10 +83,11 @@ def write_report(
     else:
         rows = [dict(evaluation)] if isinstance(evaluation, Mapping) else [dict(row) for row in evaluation]
     starts = _attempt(run.versions, [])
+    greedy = [row for row in rows if not row.get("explore")]
 
     files: dict[str, bytes] = {}
     sections = [
-        ("Learning curve", lambda: _learning_curve(columns, rows, files)),
+        ("Learning curve", lambda: _learning_curve(columns, greedy, files)),
         ("Evaluation", lambda: evaluation_table(rows)),
         ("Open-loop video prediction", lambda: _video_section(video, files)),
         *((panel.title, lambda panel=panel: _extra(panel)) for panel in (Panel(*p) for p in extra_panels)),
@@ -96,7 +97,7 @@ def write_report(
         ("How to reproduce", lambda: _reproduce(run, starts)),
         ("Configuration and versions", lambda: _configuration(run, starts)),
     ]
-    body = [_section("", lambda: _header(run, columns, rows, starts))]
+    body = [_section("", lambda: _header(run, columns, greedy, starts))]
     body += [_section(title, make) for title, make in sections]
     files[run.report.name] = page(_title(run), body)
     try:
@@ -164,7 +165,7 @@ def evaluation_table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for row, summary in summaries:
         cells = [count(row.get("step")), *(_score(summary[n]) for n in names[:-1]), count(summary["episodes"])]
-        cells.append(html.escape(str(row.get("seed", "–"))))
+        cells.append(html.escape(str(row.get("seed", "–"))) + (", exploring" if row.get("explore") else ""))
         lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     return f'<div class="scroll"><table class="figures"><tr>{head}</tr>{"".join(lines)}</table></div>'
 

@@ -153,7 +153,8 @@ class Run:
 
         Args:
             row: JSON-able; the report shows "step", "returns" (list of float, one per episode) or else "mean", "std",
-                "min", "max" and "episodes", "time" (training seconds), and "seed".
+                "min", "max" and "episodes", "time" (training seconds), "seed", and "explore" where it is not of the
+                greedy policy.
         """
         write_json(self.evaluation, [*self.evaluations(), _jsonable(row)])
 

@@ -100,12 +100,25 @@ def slow_imagination(actor, critic, slow, feature, action, reward, cont):
     return actor_loss, critic_loss, returns
 
 
+def test_an_entropy_that_is_sampled_takes_the_generator():
+    actor, critic, slow = networks("tanh_normal")
+    data, state = trajectory(actor), torch.get_rng_state()
+
+    def entropy(seed):
+        g = torch.Generator().manual_seed(seed)
+        out, _ = imagination_loss(actor, critic, slow, ReturnNormalizer(), *data, LAMBDA, ENTROPY, SLOW, g)
+        return out.metrics["entropy"]
+
+    assert entropy(1) == entropy(1) != entropy(2)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.parametrize("dist", ("categorical", "bounded_normal", "tanh_normal"))
 def test_imagination_loss(dist, monkeypatch):
     actor, critic, slow = networks(dist)
     data = trajectory(actor)
     # Its entropy is sampled; the comparison needs the same estimate twice.
-    monkeypatch.setattr(nn.TanhNormal, "entropy", lambda self: self.base.entropy())
+    monkeypatch.setattr(nn.TanhNormal, "entropy", lambda self, generator=None: self.base.entropy())
     out, returns = imagination_loss(actor, critic, slow, ReturnNormalizer(), *data, LAMBDA, ENTROPY, SLOW)
     expected = slow_imagination(actor, critic, slow, *data)
     for name, actual, wanted in zip(

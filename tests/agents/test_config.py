@@ -111,8 +111,7 @@ BAD = [
     ("size", "13m"), ("env_backend", "openai"), ("cell", "lstm"), ("initial", "ones"), ("norm", "batch"),
     ("act", "swish"), ("actor_dist", "normal"), ("replay_selector", "newest"),
     ("agent", "dreamer_v4"), ("actor_gradient", "pathwise"), ("behaviour", "policy"), ("plan_noise", "none"),
-    ("dream_start", "end"), ("conv_act", "swish"), ("clip_rewards", "clip"), ("repeat_action_probability", 1.5),
-    ("repeat_action_probability", -0.1),
+    ("dream_start", "end"), ("conv_act", "swish"), ("clip_rewards", "clip"),
     ("representation", "rewards"), ("contrastive_critic", "dot"),
     ("actor_backend", "threads"),
     ("slot_mode", "slots"), ("slot_initial", "zeros"), ("slot_predictor", True),
@@ -146,6 +145,18 @@ def test_combinations():
             DreamerConfig(**options, replay_capacity=smallest - 1).resolve()
     with pytest.raises(ConfigError, match=r"imagine_last: .*64.*got 65"):
         DreamerConfig(imagine_last=65).resolve()
+
+
+def test_options_of_the_environment():
+    """Values are read as JSON or Python writes them; what is neither is text."""
+    given = ("a=0.25", "b=true", "c=True", "d=[1, 2]", "e=None", "f=word", "g=", "h=x=y", 'i={"j": 1}', "k='1'")
+    expected = dict(a=0.25, b=True, c=True, d=[1, 2], e=None, f="word", g="", h="x=y", i={"j": 1}, k="1")
+    config = DreamerConfig(env_options=given).resolve()
+    assert config.env_arguments == expected and DreamerConfig().env_arguments == {}
+    for option, message in (("a", "expected NAME=VALUE, got 'a'"), ("a b=1", "expected NAME=VALUE"), ("=1", "got '=1'"),
+                            ("seed=1", "seed is no option of the environment's own, got 'seed=1'")):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"env_options: .*{message}"):
+            DreamerConfig(env_options=(option,)).resolve()
 
 
 def test_the_predictor_of_slots():

@@ -165,6 +165,12 @@ def test_evaluating_again_with_the_same_seed_counts_once(tmp_path):
 # Grouping
 
 
+def test_what_an_exploring_policy_earned_does_not_count(tmp_path):
+    run = Run.open(make_run(tmp_path / "run", evaluations=[(30, [1.0, 3.0])]))
+    run.add_evaluation({"step": 30, "returns": [100.0], "seed": 2, "explore": True})
+    assert read_member(run.path).final["mean"] == 2.0
+
+
 def test_runs_that_differ_in_seed_and_bookkeeping_are_one_method(tmp_path):
     paths = [make_run(tmp_path / str(seed), seed=seed, log_every=100 + seed, eval_every=seed) for seed in (2, 0, 10)]
     (only,) = groups_of(*paths)

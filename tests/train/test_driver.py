@@ -18,9 +18,13 @@ def test_options_of_the_environment_go_to_it(tiny, monkeypatch):
     seen = []
     monkeypatch.setattr("phyxdream.train.driver.envs.make", lambda *args, **options: seen.append(options))
     make_env(tiny)
-    make_env(replace(tiny, camera=1, repeat_action_probability=0.25))
-    assert "camera" not in seen[0] and "repeat_action_probability" not in seen[0]
-    assert seen[1]["camera"] == 1 and seen[1]["repeat_action_probability"] == 0.25
+    make_env(replace(tiny, camera=1, env_options=("repeat_action_probability=0.25", "name=a=b")))
+    assert "camera" not in seen[0] and seen[1].keys() - seen[0].keys() == {
+        "camera",
+        "repeat_action_probability",
+        "name",
+    }
+    assert (seen[1]["camera"], seen[1]["repeat_action_probability"], seen[1]["name"]) == (1, 0.25, "a=b")
 
 
 def walk(driver, steps, seed=0):

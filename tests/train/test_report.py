@@ -260,6 +260,15 @@ def test_evaluation_rows():
     assert "12,345" in table and "0.98" in table and "100" in table
 
 
+def test_an_exploring_evaluation_is_in_the_table_alone(run):
+    run.add_evaluation({"step": 3, "returns": [0.25, 0.75], "seed": 8})
+    shown = write_report(run).read_text().split('class="big">')[1].split("<")[0]
+    run.add_evaluation({"step": 3, "returns": [0.99], "seed": 9, "explore": True})
+    text = write_report(run).read_text()
+    assert text.split('class="big">')[1].split("<")[0] == shown and "0.5" in shown
+    assert "9, exploring" in text and "8, exploring" not in text
+
+
 def test_a_given_evaluation_is_shown_instead_of_the_stored(run):
     run.add_evaluation({"step": 1, "returns": [0.11]})
     text = page(run, evaluation={"step": 2, "mean": 0.77, "std": 0.0, "episodes": 5}).text
