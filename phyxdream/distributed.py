@@ -116,6 +116,24 @@ def gather(x: Tensor) -> Tensor:
     return torch.stack(parts)
 
 
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return gather(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return mean(grad)[rank()] * world_size()
+
+
+def joined(x: Tensor) -> Tensor:
+    """The sequences (T, B, ...) of all processes side by side, (T, world_size · B, ...), with a gradient: what the
+    losses of all of them have to say to one's own, added up. Those of this process start at `rank() * B`."""
+    if world_size() == 1:
+        return x
+    return _Gathered.apply(x).movedim(0, 1).flatten(1, 2)
+
+
 def mean(x: Tensor) -> Tensor:
     """The mean over all processes of a tensor of the same shape in each, without gradient."""
     if world_size() == 1:

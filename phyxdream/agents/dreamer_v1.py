@@ -79,8 +79,16 @@ class WorldModelV1(WorldModel):
     def contrastive_loss(
         self, encoded: Encoded, feature: Tensor, batch: Batch, generator: torch.Generator | None
     ) -> Tensor:
-        """−(ln q(s|o) − ln Σ_o' q(s|o')) over all frames o' of the batch: (T, B)."""
-        return self.contrast(feature, self.contrast.keys(encoded.embed))
+        """−(ln q(s|o) − ln Σ_o' q(s|o')) over all frames o' of the batch, of all processes: (T, B)."""
+        return self.contrasted(feature, self.keys(encoded.embed))
+
+    def keys(self, embed: Tensor) -> Tensor:
+        """What states are compared with, (T, N, D): the embeddings (T, B, E) of all processes that learn together."""
+        return distributed.joined(self.contrast.keys(embed))
+
+    def contrasted(self, state: Tensor, keys: Tensor) -> Tensor:
+        """The loss (T', B) of states (T', B, S) that belong to the last T' steps of this process's sequences."""
+        return self.contrast(state, keys, distributed.rank() * state.shape[1])
 
     def imagine_from_all(self, state: State, action: Tensor, steps: int, generator: torch.Generator | None) -> State:
         """Prior states (K, T, B, ...), 1 to K = `steps` steps after each state (T, B, ...) of a sequence, under its

@@ -102,12 +102,12 @@ class DreamingWorldModel(WorldModelV1):
         embed = encoded.embed
         if self.crops.pictures:
             embed = super().embed(self.crops.random(batch, generator))
-        keys = self.contrast.keys(embed)
+        keys = self.keys(embed)
         z, action = feature[..., self.rssm.deter_size :], batch["action"]
-        loss = self.contrast(z, keys)
+        loss = self.contrasted(z, keys)
         for k in range(1, K + 1):
             z = self.linear_dynamics(z[:-1], action[k:], self.rssm.draw_noise(T - k, B, generator=generator))
-            loss = loss + _later(self.contrast(z, keys) * same_episode(batch["is_first"], k), k)
+            loss = loss + _later(self.contrasted(z, keys) * same_episode(batch["is_first"], k), k)
         return loss
 
     def overshooting_loss(self, post: State, batch: Batch, generator: torch.Generator | None) -> Tensor:

@@ -31,7 +31,7 @@ class Contrast(nn.Module):
         ConfigError: for an unknown critic.
 
     Source: Hafner et al., "Dream to Control", 2020; van den Oord et al., "Representation Learning with
-    Contrastive Predictive Coding", 2018. Under torchrun the frames are those of each process's own batch.
+    Contrastive Predictive Coding", 2018.
 
     >>> contrast = Contrast(state_size=8, embed_size=16, units=32)
     >>> contrast(torch.randn(5, 3, 8), contrast.keys(torch.randn(5, 3, 16))).shape
@@ -72,10 +72,10 @@ class Contrast(nn.Module):
             return torch.addmm(-0.5 * keys.square().sum(-1), query, keys.T)
         return query @ keys.T if self.critic == "bilinear" else F.normalize(query, dim=-1) @ keys.T / self.TEMPERATURE
 
-    def forward(self, state: Tensor, keys: Tensor) -> Tensor:
+    def forward(self, state: Tensor, keys: Tensor, start: int = 0) -> Tensor:
         """−(ln q(s|o) − ln Σ_o' q(s|o')): (T', B), of states (T', B, S) that belong to the last T' steps of keys
-        (T, B, D)."""
-        (T, B), length = keys.shape[:2], len(state)
-        own = torch.arange((T - length) * B, T * B, device=keys.device)
+        (T, N, D), and there to the B sequences from `start` on."""
+        (T, N), (length, B) = keys.shape[:2], state.shape[:2]
+        own = torch.arange(T * N, device=keys.device).view(T, N)[T - length :, start : start + B]
         logits = self.logits(state.flatten(0, 1), keys.flatten(0, 1))
-        return F.cross_entropy(logits, own, reduction="none").view(length, B)
+        return F.cross_entropy(logits, own.flatten(), reduction="none").view(length, B)

@@ -49,15 +49,17 @@ def test_cosine_by_hand():
     torch.testing.assert_close(loss, torch.tensor([math.log1p(math.exp(-10)), 10 + math.log1p(math.exp(-10))]))
 
 
+@pytest.mark.parametrize("start", [0, 2])
 @pytest.mark.parametrize("critic", ["gaussian", "bilinear", "cosine"])
-def test_states_belong_to_the_last_steps_and_meet_every_frame(critic):
+def test_states_belong_to_the_last_steps_and_meet_every_frame(critic, start):
+    """Those of other sequences too."""
     contrast = Contrast(4, 5, 6, critic)
-    states, embeds = torch.randn(2, 3, 4), torch.randn(4, 3, 5)
-    loss = contrast(states, contrast.keys(embeds))
+    states, embeds = torch.randn(2, 3, 4), torch.randn(4, 5, 5)
+    loss = contrast(states, contrast.keys(embeds), start)
     for t in range(2):
         for b in range(3):
-            logits = contrast.logits(states[t, b][None], contrast.keys(embeds).reshape(12, -1))[0]
-            own = logits[(t + 2) * 3 + b]
+            logits = contrast.logits(states[t, b][None], contrast.keys(embeds).reshape(20, -1))[0]
+            own = logits[(t + 2) * 5 + start + b]
             torch.testing.assert_close(loss[t, b], logits.exp().sum().log() - own, rtol=1e-4, atol=1e-5)
 
 

@@ -27,9 +27,19 @@ WORLD, BATCH, LENGTH, UPDATES = 2, 3, 6, 3
 SMALL = dict(size="1m", deter_size=16, hidden_size=8, stoch_size=4, units=8, depth=2, batch_size=BATCH,
              batch_length=LENGTH, replay_capacity=1_000, imagine_horizon=4, learning_rate=1e-3, warmup=0,
              return_norm_rate=0.5, num_envs=2, device="cpu")  # fmt: skip
+# A small ε beside gradients that are all but zero would make much of how they are rounded.
+_OF_V1 = dict(env="gym:Pendulum-v1", classes=0, embed_size=8, hidden_size=8, depth=2, free_nats=0.01, adam_eps=1e-3,
+              grad_clip=1.0)  # fmt: skip
+_OF_V2 = {**_OF_V1, "env": "gym:CartPole-v1", "classes": 4}
 KINDS = {
-    "discrete": dict(env="gym:CartPole-v1", classes=4),
-    "continuous": dict(env="gym:Pendulum-v1", classes=0, replay_context=0),
+    "discrete": dict(name="dreamer_v3", env="gym:CartPole-v1", classes=4),
+    "continuous": dict(name="dreamer_v3", env="gym:Pendulum-v1", classes=0, replay_context=0),
+    "dreamer_v1": dict(name="dreamer_v1", **_OF_V1),
+    "contrastive": dict(name="dreamer_v1", representation="contrastive", **_OF_V1),
+    "dreamer_v2": dict(name="dreamer_v2", continue_coeff=1.0, **_OF_V2),
+    "daydreamer": dict(name="daydreamer", parallel=False, **_OF_V2),
+    "planet": dict(name="planet", overshooting=2, **_OF_V1),
+    "dreaming_v2": dict(name="dreaming_v2", pixels=None, image_size=None, crop_pixels=0, overshooting=2, **_OF_V2),
 }
 TRAIN = ["dreamer_v3", *(f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()),
          "--env=gym:CartPole-v1", "--classes=4", "--prefill=64", "--train-ratio=8", "--total-steps=300",
@@ -37,6 +47,10 @@ TRAIN = ["dreamer_v3", *(f"--{name.replace('_', '-')}={value}" for name, value i
 
 
 # -- What one process does, and both ----------------------------------------------------------------------------------
+
+
+def make(name: str, **options) -> DreamerAgent:
+    return DreamerAgent(preset(name, **SMALL | options))
 
 
 def learn(agent: DreamerAgent, columns: slice) -> dict[str, dict[str, torch.Tensor]]:
@@ -81,12 +95,16 @@ def work(out: Path) -> None:
     distributed.join(torch.device("cpu"))
     rank, found = distributed.rank(), {"normalized": {}}
     for kind, options in KINDS.items():
-        agent = DreamerAgent(preset("dreamer_v3", **SMALL, **options))
+        agent = make(**options)
         agent.generators["learn"] = noise(rank)
         found[kind] = learn(agent, slice(rank * BATCH, (rank + 1) * BATCH))
     found["normalized"] = normalized(rank)
     found["mean"] = distributed.mean(torch.tensor([1.0, 10.0]) * rank)
     found["gathered"] = distributed.gather(torch.arange(6).reshape(2, 3).T + rank)
+    own = (torch.arange(6.0).reshape(3, 2) + 10 * rank).requires_grad_()
+    joined = distributed.joined(own)
+    weight = torch.arange(12.0).reshape(3, 4) * (rank + 1)  # each process's loss reads all of it
+    found["joined"] = joined.detach(), torch.autograd.grad((joined * weight).sum(), own)[0]
     found["objects"] = distributed.gather_objects({"rank": rank})
     found["first"] = distributed.on_first(lambda: f"of {distributed.rank()}")
     found["taken"] = torch.arange(6.0).reshape(2, 3).T + rank
@@ -103,7 +121,7 @@ def work(out: Path) -> None:
             call()
         found["errors"].append(str(error.value))
     with pytest.raises(ConfigError) as error:
-        DreamerAgent(preset("dreamer_v3", **SMALL, **KINDS["discrete"], seed=rank)).train()
+        make(**KINDS["discrete"], seed=rank).train()
     found["errors"].append(str(error.value))
     torch.save(found, out / f"{rank}.pt")
 
@@ -186,7 +204,7 @@ def test_two_processes_learn_as_one_with_the_joined_batch(learned, kind, monkeyp
             return torch.cat(parts, 2).flatten(1, 2)
 
         monkeypatch.setattr(module, "draw_noise", draw_both)
-    agent = DreamerAgent(preset("dreamer_v3", **SMALL | {"batch_size": WORLD * BATCH}, **KINDS[kind]))
+    agent = make(**KINDS[kind], batch_size=WORLD * BATCH)
     agent.generators["learn"] = [noise(rank) for rank in range(WORLD)]
     alone = learn(agent, slice(None))
     for what in ("gradients", "weights", "metrics"):
@@ -195,7 +213,9 @@ def test_two_processes_learn_as_one_with_the_joined_batch(learned, kind, monkeyp
         if what != "metrics":  # those are averaged when they are logged
             assert all(torch.equal(one[name], two[name]) for name in one)
         for name, expected in alone[what].items():
-            value = one[name] if what != "metrics" else (one[name] + two[name]) / 2
+            expected, value = expected.double(), one[name].double()
+            if what == "metrics":
+                value = (value + two[name]) / 2
             # A bias that started at zero may have been moved to and fro: it is compared with what an update moves.
             least = 1e-6 if what != "weights" else SMALL["learning_rate"] * expected.numel() ** 0.5
             error = (value - expected).norm() / expected.norm().clamp(min=least)
@@ -213,6 +233,9 @@ def test_what_processes_exchange(learned):
     for rank, found in enumerate(learned):
         assert found["mean"].tolist() == [0.5, 5.0]
         assert torch.equal(found["gathered"], torch.arange(6).reshape(2, 3).T + torch.arange(2).reshape(2, 1, 1))
+        joined, grad = found["joined"]
+        assert joined.tolist() == [[0, 1, 10, 11], [2, 3, 12, 13], [4, 5, 14, 15]]
+        assert torch.equal(grad, torch.arange(12.0).reshape(3, 4)[:, 2 * rank : 2 * rank + 2] * (1 + 2))
         assert found["objects"] == [{"rank": 0}, {"rank": 1}]
         assert found["first"] == "of 0"
         assert torch.equal(found["taken"], torch.arange(6.0).reshape(2, 3).T)
@@ -225,6 +248,7 @@ def test_alone_everything_is_the_identity():
     x = torch.ones(2, requires_grad=True)
     assert (distributed.world_size(), distributed.rank(), distributed.own_seed(3)) == (1, 0, 3)
     assert torch.equal(distributed.mean(x), x) and distributed.gather(x).shape == (1, 2)
+    assert distributed.joined(x) is x
     assert distributed.gather_objects(x)[0] is x and distributed.on_first(lambda: 3) == 3
     distributed.join(torch.device("cpu"))
     assert not torch.distributed.is_initialized()
