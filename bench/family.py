@@ -130,13 +130,15 @@ def add(folder: Path, name: str, runs: Iterable[Path]) -> list[Path]:
     """Take what counts of finished runs into `folder`; returns where they are there.
 
     Raises:
-        ConfigError: a directory is not a run; ResultsError: a run is not finished. Nothing was written for it.
+        ConfigError: a directory is not a run, or has options that are not known; ResultsError: a run is not finished.
+            Nothing was written for it.
     """
     written = []
     for path in runs:
         run = Run.open(path)
         seed = run.config["seed"]
         _member(run.path, seed)
+        baselines, task = _baselines(folder), _task(run.config)
         target = folder / f"{name}-seed{seed}"
         target.mkdir(parents=True, exist_ok=True)
         versions = json.loads((run.path / "versions.json").read_text(encoding="utf-8"))
@@ -147,7 +149,6 @@ def add(folder: Path, name: str, runs: Iterable[Path]) -> list[Path]:
             "eval.json": run.evaluation.read_bytes(),
             "metrics.jsonl": run.metrics.read_bytes(),
         })  # fmt: skip
-        baselines, task = _baselines(folder), _task(run.config)
         if all(row["task"] != task for row in baselines):
             row = {"task": task, "episodes": _EPISODES, "seed": _SEED}
             for policy in ("random", "still"):
