@@ -52,6 +52,8 @@ FAMILY = {
                  "[Okada & Taniguchi 2021](https://arxiv.org/abs/2007.14535)"),
     "dreamer_v2": ("categorical latents, KL balancing, REINFORCE or gradients through the model",
                    "[Hafner et al. 2021](https://arxiv.org/abs/2010.02193)"),
+    "dreamer_v2_atari": ("V2 as on Atari: REINFORCE for discrete actions, episodes that end, rewards through tanh",
+                         "[Hafner et al. 2021](https://arxiv.org/abs/2010.02193)"),
     "dreaming_v2": ("Dreaming with V2's categorical latents",
                     "[Okada & Taniguchi 2022](https://arxiv.org/abs/2203.00494)"),
     "daydreamer": ("V2 on robots: acting and learning in parallel, all sensors fused",
