@@ -55,7 +55,7 @@ class Eval:
     episodes: int = 100
     seed: int = 2_000_000
     explore: bool = False
-    """Act as in training: sampled actions instead of the most likely ones. Reports show such an evaluation in their
+    """Act as in training instead of taking the most likely action. Reports show such an evaluation in their
     table alone, comparisons not at all."""
     open_loop: bool = False
     """Also how far the model sees: its errors over 32 new episodes of random actions, of which it is shown the first

@@ -85,8 +85,8 @@ class DreamerConfig:
     replay_capacity: int = 500_000
     """Steps kept, over all environments (of one process, as the batches are)."""
     prefill: int = 1_024
-    """Actions taken, over all environments, before the first update: of V3 by an actor that has learned nothing, else
-    at random."""
+    """Actions taken, over all environments, before the first update: by V3's actor, which has learned nothing, else at
+    random."""
     batch_size: int = 16
     """Sequences of an update; under torchrun, of each process: N processes learn from N * batch_size."""
     batch_length: int = 64
@@ -138,7 +138,7 @@ class DreamerConfig:
     critic_layers: int = 3
     act: Literal["silu", "elu", "relu", "gelu"] = "silu"
     conv_act: Literal["silu", "elu", "relu", "gelu"] | None = None
-    """Of convolutions (None: `act`), but of slots'."""
+    """Of convolutions, other than those of slots (None: `act`)."""
     norm: Literal["rms", "layer", "none"] = "rms"
     """`act` and `norm` are those of encoder, decoder and heads; of V1, V2 and what is built on them, also of the RSSM,
     which elsewhere has those its cell was published with."""
@@ -314,7 +314,7 @@ class DreamerConfig:
             name, _, value = option.partition("=")
             found[name] = value
             for read in (json.loads, ast.literal_eval):
-                with contextlib.suppress(ValueError, SyntaxError):
+                with contextlib.suppress(ValueError, SyntaxError, TypeError):
                     found[name] = read(value)
                     break
         return found
@@ -457,6 +457,8 @@ class DreamerConfig:
                 raise ConfigError(f"env_options: expected NAME=VALUE, got {option!r}")
             if name in _ENV_ARGUMENTS:
                 raise ConfigError(f"env_options: {name} is no option of the environment's own, got {option!r}")
+        if len(self.env_arguments) < len(self.env_options):
+            raise ConfigError(f"env_options: expected each option once, got {' '.join(self.env_options)}")
         if not self.depth_mults or not all(isinstance(m, int) and m >= 1 for m in self.depth_mults):
             raise ConfigError(f"depth_mults: expected positive integers, got {self.depth_mults}")
 

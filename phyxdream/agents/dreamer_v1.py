@@ -9,8 +9,7 @@
     exploration   random actions until the first update, then noise added to actions
     optimisers    Adam, one learning rate each, gradients clipped at a norm of 100
 
-Source: Hafner et al., "Dream to Control", 2020;
-danijar/dreamer.
+Source: Hafner et al., "Dream to Control", 2020; danijar/dreamer.
 """
 
 from __future__ import annotations

@@ -313,7 +313,9 @@ def _scan(action, deter, stoch, noise, *rest):
                 feature = feature.detach()
             statistics = rssm_cells.head(policy, feature, options._replace(act=policy_options.act))
             drawn = (_draw_action(statistics, draw[t], policy_options),)
-            embedded_action = rssm_cells.embed_action(cell, policy_options.taken(drawn[0]), options)
+            # A block GRU clips what it embeds.
+            taken = drawn[0] if isinstance(cell, rssm_cells.BlockGRUWeights) else policy_options.taken(drawn[0])
+            embedded_action = rssm_cells.embed_action(cell, taken, options)
         deter = rssm_cells.step(cell, deter, stoch, embedded_action, options)
         statistics = rssm_cells.head(prior, deter, options)
         if categorical:

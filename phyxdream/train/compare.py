@@ -391,7 +391,7 @@ def _option(name: str, value: Any) -> str:
 
 def _text(value: Any) -> str:
     if isinstance(value, (list, tuple)):
-        return "×".join(_text(item) for item in value)
+        return "×".join(_text(item) for item in value) or "none"
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 

@@ -11,24 +11,31 @@ from phyxdream import envs
 from phyxdream.agents.config import DreamerConfig
 from phyxdream.agents.dreamer import FLAGS
 from phyxdream.envs import VectorEnv
+from phyxdream.errors import EnvError
 
 
 def make_env(
     config: DreamerConfig, num_envs: int | None = None, seed: int | None = None, segmentation: bool = False
 ) -> VectorEnv:
     """The environments a configuration asks for; `segmentation` as for `envs.make`."""
-    return envs.make(
-        config.env_id,
-        num_envs=num_envs or config.num_envs,
-        seed=config.seed if seed is None else seed,
-        action_repeat=config.action_repeat,
-        time_limit=config.time_limit,
-        image_size=config.image_size,
-        pixels=config.pixels,
-        segmentation=segmentation,
-        **({} if config.camera is None else {"camera": config.camera}),
-        **config.env_arguments,
-    )
+    try:
+        return envs.make(
+            config.env_id,
+            num_envs=num_envs or config.num_envs,
+            seed=config.seed if seed is None else seed,
+            action_repeat=config.action_repeat,
+            time_limit=config.time_limit,
+            image_size=config.image_size,
+            pixels=config.pixels,
+            segmentation=segmentation,
+            **({} if config.camera is None else {"camera": config.camera}),
+            **config.env_arguments,
+        )
+    except EnvError as error:
+        if not config.env_options:
+            raise
+        given = " ".join(config.env_options)
+        raise EnvError(f"{error} (env_options: {given}; `--env-options` alone is none of them)") from error
 
 
 @dataclass

@@ -31,7 +31,7 @@ class Evaluation:
 def evaluate(
     agent: DreamerAgent, episodes: int, seed: int, progress: Callable[[int], None] | None = None, explore: bool = False
 ) -> Evaluation:
-    """Run `episodes` episodes; `explore` samples actions instead of taking the most likely one.
+    """Run `episodes` episodes; `explore` acts as in training instead of taking the most likely action.
 
     Every environment contributes the same number of episodes (the first of them one more), so short episodes are not
     over-represented. `progress` is called with the number of episodes done.

@@ -198,6 +198,7 @@ class ParallelSession(Learning):
         self.published: Published | None = None
         self.workers: dict[int, Worker] = {}
         self._waiting_since: dict[int, float] = {}
+        self._silent: list[Worker] = []
         self._oldest_journal = 0
         self._threads: list[threading.Thread] = []
         self._published_at: dict[int, float] = {}
@@ -293,13 +294,15 @@ class ParallelSession(Learning):
             self.publish()
 
     def _tell_of_silence(self) -> None:
-        """Say once of every actor that does not answer. It is not killed: nobody knows how long a step may take."""
+        """Say once in the life of an actor that it does not answer. It is not killed: nobody knows how long a step may
+        take."""
         now = time.monotonic()
         for number, since in list(self._waiting_since.items()):
-            if now - since > SILENCE and self._waiting_since.pop(number, None) is not None:
-                where = f" (process {pid})" if (pid := getattr(self.workers[number], "pid", None)) else ""
-                self._say(f"actor {number}{where} has not answered for {SILENCE:.0f} s: its environment may hang. Once "
-                          "killed, it is started again")  # fmt: skip
+            if now - since > SILENCE and (worker := self.workers.get(number)) not in self._silent:
+                self._silent.append(worker)
+                where = f" (process {pid})" if (pid := getattr(worker, "pid", None)) else ""
+                self._say(f"actor {number}{where} has not answered for {SILENCE:.0f} s: it is still starting, or its "
+                          "environment hangs. Once killed, it is started again")  # fmt: skip
 
     def publish(self) -> None:
         """Give out the weights as they are: actors get them with their next question, all of them or none."""

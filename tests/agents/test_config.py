@@ -149,14 +149,17 @@ def test_combinations():
 
 def test_options_of_the_environment():
     """Values are read as JSON or Python writes them; what is neither is text."""
-    given = ("a=0.25", "b=true", "c=True", "d=[1, 2]", "e=None", "f=word", "g=", "h=x=y", 'i={"j": 1}', "k='1'")
-    expected = dict(a=0.25, b=True, c=True, d=[1, 2], e=None, f="word", g="", h="x=y", i={"j": 1}, k="1")
+    given = ("a=0.25", "b=true", "c=True", "d=[1, 2]", "e=None", "f=word", "g=", "h=x=y", 'i={"j": 1}', "k='1'",
+             "m={[1]: 2}")  # fmt: skip
+    expected = dict(a=0.25, b=True, c=True, d=[1, 2], e=None, f="word", g="", h="x=y", i={"j": 1}, k="1", m="{[1]: 2}")
     config = DreamerConfig(env_options=given).resolve()
     assert config.env_arguments == expected and DreamerConfig().env_arguments == {}
     for option, message in (("a", "expected NAME=VALUE, got 'a'"), ("a b=1", "expected NAME=VALUE"), ("=1", "got '=1'"),
                             ("seed=1", "seed is no option of the environment's own, got 'seed=1'")):  # fmt: skip
         with pytest.raises(ConfigError, match=f"env_options: .*{message}"):
             DreamerConfig(env_options=(option,)).resolve()
+    with pytest.raises(ConfigError, match="env_options: expected each option once, got a=1 a=2"):
+        DreamerConfig(env_options=("a=1", "a=2")).resolve()
 
 
 def test_the_predictor_of_slots():

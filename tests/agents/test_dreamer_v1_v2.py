@@ -99,13 +99,14 @@ class Line(nn.Module):
         return Trajectory(State(deter, torch.zeros_like(deter)), torch.stack(actions))
 
 
-def on_a_line(name, start=(1.0,), slope=2.0, ended=False, **options):
-    """An agent whose imagination walks on a line: reward h, value 2h (or another slope), discount 0.5; the episode has
-    ended at the last start or not."""
+def on_a_line(name, start=(1.0,), slope=2.0, ended=False, cont=0.5, **options):
+    """An agent whose imagination walks on a line: reward h, value 2h (or another slope), discount 0.5, predicted as
+    `cont`; the episode has ended at the last start or not."""
     agent = make(name, imagine_horizon=2, td_lambda=0.5, discount=0.5, **options)
     model = agent.model
     model.world_model.rssm, model.actor = Line(), Policy()
     model.world_model.reward, model.critic = Fixed([1.0, 0.0]), Fixed([slope, 0.0])
+    model.world_model.cont = Fixed([0.0, 0.0], cont)
     if name != "dreamer_v1":
         model.slow_critic = Fixed([slope, 0.0]).requires_grad_(False)
     over = torch.zeros(len(start), dtype=torch.bool)
@@ -154,11 +155,14 @@ def test_v1_learns_nothing_from_what_follows_an_end():
 
 
 def test_v2_knows_the_discount_where_it_starts():
-    """At an end, target_0 = 1: the reward there and no more, and h = 1.5 has no weight. The action there is paid as
-    anywhere else, as published: nothing depends on it."""
-    _, losses = on_a_line("dreamer_v2", ended=True, actor_gradient="dynamics", entropy_coeff=0.0)
-    assert losses["actor"].item() == pytest.approx(-3.5)
-    assert losses["critic"].item() == pytest.approx(0.5 * (2 - 1) ** 2 / 2)
+    """Where 0.25 is predicted: target_1 = 1.5 + 0.25·4 = 2.5. Of two starts the first goes on, with 0.5:
+    target_0 = 1 + 0.5 (0.5·3 + 0.5·2.5) = 2.375. The second is an end: target_0 = 1, the reward there and no more, and
+    h = 1.5 has no weight. The action there is paid as anywhere else, as published: nothing depends on it."""
+    options = dict(actor_gradient="dynamics", entropy_coeff=0.0)
+    _, losses = on_a_line("dreamer_v2", (1.0, 1.0), ended=True, cont=0.25, **options)
+    assert losses["actor"].item() == pytest.approx(-2.5)
+    errors = (2 - 2.375) ** 2 + (2 - 1) ** 2 + 0.5 * (3 - 2.5) ** 2
+    assert losses["critic"].item() == pytest.approx(0.5 * errors / 4)
 
 
 @pytest.mark.parametrize("name", ["dreamer_v1", "dreamer_v2"])

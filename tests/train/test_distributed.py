@@ -31,6 +31,7 @@ SMALL = dict(size="1m", deter_size=16, hidden_size=8, stoch_size=4, units=8, dep
 _OF_V1 = dict(env="gym:Pendulum-v1", classes=0, embed_size=8, hidden_size=8, depth=2, free_nats=0.01, adam_eps=1e-3,
               grad_clip=1.0)  # fmt: skip
 _OF_V2 = {**_OF_V1, "env": "gym:CartPole-v1", "classes": 4}
+_CROPPED = dict(pixels=None, image_size=None, crop_pixels=0, overshooting=2)
 KINDS = {
     "discrete": dict(name="dreamer_v3", env="gym:CartPole-v1", classes=4),
     "continuous": dict(name="dreamer_v3", env="gym:Pendulum-v1", classes=0, replay_context=0),
@@ -39,7 +40,8 @@ KINDS = {
     "dreamer_v2": dict(name="dreamer_v2", continue_coeff=1.0, **_OF_V2),
     "daydreamer": dict(name="daydreamer", parallel=False, **_OF_V2),
     "planet": dict(name="planet", overshooting=2, **_OF_V1),
-    "dreaming_v2": dict(name="dreaming_v2", pixels=None, image_size=None, crop_pixels=0, overshooting=2, **_OF_V2),
+    "dreaming": dict(name="dreaming", **_CROPPED, **_OF_V1),
+    "dreaming_v2": dict(name="dreaming_v2", **_CROPPED, **_OF_V2),
 }
 TRAIN = ["dreamer_v3", *(f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()),
          "--env=gym:CartPole-v1", "--classes=4", "--prefill=64", "--train-ratio=8", "--total-steps=300",

@@ -3,6 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from phyxdream.errors import EnvError
 from phyxdream.train.driver import Driver, make_env
 
 
@@ -25,6 +26,15 @@ def test_options_of_the_environment_go_to_it(tiny, monkeypatch):
         "name",
     }
     assert (seen[1]["camera"], seen[1]["repeat_action_probability"], seen[1]["name"]) == (1, 0.25, "a=b")
+
+
+def test_options_that_an_environment_does_not_know(tiny):
+    """As of a preset with another environment: the message says where they come from, and how to leave them out."""
+    with pytest.raises(EnvError, match=r"no_option.*\(env_options: no_option=1; `--env-options` alone"):
+        make_env(replace(tiny, env_options=("no_option=1",)))
+    with pytest.raises(EnvError, match="NoSuchTask") as error:
+        make_env(replace(tiny, env="gym:NoSuchTask-v0"))
+    assert "env_options" not in str(error.value)
 
 
 def walk(driver, steps, seed=0):

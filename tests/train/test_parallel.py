@@ -351,7 +351,7 @@ def test_an_actor_that_does_not_answer_is_told_of(counting, local, monkeypatch):
     run_until(session, lambda: any("actor 1 has not answered" in x for x in session.said))
     rows = session.lives[0][1]
     run_until(session, lambda: session.lives[0][1] > rows + ROWS)
-    assert sum("actor 1 has not answered for 0 s: its environment may hang" in x for x in session.said) == 1
+    assert sum("actor 1 has not answered for 0 s: it is still starting" in x for x in session.said) == 1
     assert not session.lives[1][1]
     wakes.set()
     run_until(session, lambda: session.lives[1][1])
