@@ -10,6 +10,7 @@ that made them. `--check` writes nothing.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import shlex
@@ -25,7 +26,7 @@ from phyxdream.agents.config import DreamerConfig, preset
 from phyxdream.bench.pages import fill, rewrite
 from phyxdream.bench.results import ResultsError
 from phyxdream.bench.table import markdown
-from phyxdream.errors import PhyxdreamError
+from phyxdream.errors import ConfigError, PhyxdreamError
 from phyxdream.train.compare import Member, curves_figure, group, read_member
 from phyxdream.train.driver import Driver, make_env
 from phyxdream.train.report import count, figure_png, write_files
@@ -216,8 +217,9 @@ def arguments(config: DreamerConfig) -> list[str]:
     # Many options are what others imply, such as a size: what changes nothing is left out.
     for name in list(given):
         without = {k: v for k, v in given.items() if k != name}
-        if _comparable(preset(config.preset, **without)) == wanted:
-            given = without
+        with contextlib.suppress(ConfigError):  # others may not go without it
+            if _comparable(preset(config.preset, **without)) == wanted:
+                given = without
     words = [config.preset]
     for name in (f.name for f in fields(DreamerConfig) if f.name in given):
         words += _words(name, given[name])

@@ -41,6 +41,11 @@ def test_commands_hold_what_differs():
     assert words == ["dreamer_v3", "--pixels", "True", "--no-replay-online", "--size", "1m", "--depth-mults", "1", "2",
                      "--units", "32", "--learning-rate", "0.0005"]  # fmt: skip
     assert same(parse(words), config)
+    # Neither may be left out for the other.
+    config = preset("planet", plan_candidates=64, plan_elites=8, env_options=("a=1", "b=x"))
+    words = family.arguments(config)
+    assert words == ["planet", "--env-options", "a=1", "b=x", "--plan-candidates", "64", "--plan-elites", "8"]
+    assert same(parse(words), config)
 
 
 @pytest.mark.parametrize("path", ONE_OF_EACH, ids=lambda path: path.name)
