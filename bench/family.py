@@ -28,7 +28,8 @@ from phyxdream.bench.results import ResultsError
 from phyxdream.bench.table import markdown
 from phyxdream.errors import ConfigError, PhyxdreamError
 from phyxdream.train.compare import Member, curves_figure, group, read_member
-from phyxdream.train.driver import Driver, make_env
+from phyxdream.train.driver import Driver
+from phyxdream.train.evaluate import run_episodes
 from phyxdream.train.report import count, figure_png, write_files
 from phyxdream.train.run import Run, write_json
 
@@ -163,28 +164,19 @@ def add(folder: Path, name: str, runs: Iterable[Path]) -> list[Path]:
 
 
 def unlearned_returns(config: DreamerConfig, policy: str, episodes: int = _EPISODES, seed: int = _SEED) -> list[float]:
-    """Returns of `episodes` episodes, as many in every environment; `policy` "random" draws every action uniformly,
+    """Returns of `episodes` episodes; `policy` "random" draws every action uniformly,
     "still" takes zeros, of discrete actions the first."""
-    env = make_env(config, seed=seed)
-    space = env.single_action_space
     rng = np.random.default_rng(seed)
-    each = -(-episodes // env.num_envs)
-    found: list[list[float]] = [[] for _ in range(env.num_envs)]
-    try:
-        driver = Driver(env)
-        while any(len(column) < each for column in found):
-            if policy == "still":
-                action = np.zeros((env.num_envs, *space.shape), space.dtype)
-            elif driver.discrete:
-                action = rng.integers(space.n, size=env.num_envs)
-            else:
-                action = rng.uniform(-1, 1, (env.num_envs, *space.shape)).astype(np.float32)
-            _, finished = driver.step(action)
-            for i, episode in zip(np.flatnonzero(driver.row["is_last"]), finished, strict=True):
-                found[i].append(episode.episode_return)
-    finally:
-        env.close()
-    return [value for column in found for value in column[:each]][:episodes]
+
+    def act(driver: Driver) -> np.ndarray:
+        count, space = driver.env.num_envs, driver.env.single_action_space
+        if policy == "still":
+            return np.zeros((count, *space.shape), space.dtype)
+        if driver.discrete:
+            return rng.integers(space.n, size=count)
+        return rng.uniform(-1, 1, (count, *space.shape)).astype(np.float32)
+
+    return run_episodes(config, episodes, seed, act).returns
 
 
 def _baselines(folder: Path) -> list[dict[str, Any]]:
@@ -194,11 +186,12 @@ def _baselines(folder: Path) -> list[dict[str, Any]]:
 
 def _task(options: Mapping[str, Any]) -> dict[str, Any]:
     config = DreamerConfig.from_dict(dict(options))
-    return {
-        **{name: getattr(config, name) for name in _TASK},
-        "env": config.env_id,
-        "env_options": list(config.env_options),
-    }
+    return {name: config.env_id if name == "env" else _plain(getattr(config, name)) for name in _TASK}
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _json(value: Any) -> bytes:
@@ -237,7 +230,7 @@ def _words(name: str, value: Any) -> list[str]:
 
 def _comparable(config: DreamerConfig) -> dict[str, Any]:
     found = config.resolve().to_dict()
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in found.items() if name not in _NOT_COMMAND}
+    return {name: _plain(value) for name, value in found.items() if name not in _NOT_COMMAND}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
