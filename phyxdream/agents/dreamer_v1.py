@@ -29,7 +29,7 @@ from phyxdream.agents.world_model import Batch, Encoded, WorldModel
 from phyxdream.nn.contrastive import Contrast
 from phyxdream.nn.distributions import balanced_kl
 from phyxdream.nn.heads import BernoulliHead, ConstantHead, ScalarHead
-from phyxdream.nn.rssm import State
+from phyxdream.nn.rssm import State, Trajectory
 
 
 class WorldModelV1(WorldModel):
@@ -154,6 +154,13 @@ class DreamerV1(ActorLearner):
         ended = batch["is_terminal"][-len(post.deter) :].flatten()
         return self.imagine(post.detach().flatten(), ended, generator)
 
+    def trajectory(self, start: State, generator: torch.Generator | None) -> Trajectory:
+        """Imagined from states (N, ...) under the actor, which reads them as constants; the model reads its actions as
+        the environment takes them."""
+        return self.world_model.rssm.imagine_policy(
+            self.actor, start, self.config.imagine_horizon, generator=generator, detach_feature=True, clip_action=True
+        )
+
     def imagine(
         self, start: State, ended: Tensor, generator: torch.Generator | None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -161,10 +168,7 @@ class DreamerV1(ActorLearner):
         (N,) bool, there is nothing to learn from what would follow."""
         c = self.config
         with frozen(self.world_model, self.critic):
-            trajectory = self.world_model.rssm.imagine_policy(
-                self.actor, start, c.imagine_horizon, generator=generator, detach_feature=True, clip_action=True
-            )
-            feature = trajectory.state.feature[1:]  # the start is not the actor's doing
+            feature = self.trajectory(start, generator).state.feature[1:]  # the start is not the actor's doing
             reward, discount = self.world_model.reward(feature).mean, self.world_model.cont(feature).mean
             targets = lambda_targets(reward, self.critic(feature).mean, discount, c.td_lambda)
         weight = state_weights(discount)[:-1] * ~ended

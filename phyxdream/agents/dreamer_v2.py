@@ -44,9 +44,7 @@ class DreamerV2(DreamerV1):
         (N,) bool, the discount is known, and 0."""
         c = self.config
         with frozen(self.world_model), torch.set_grad_enabled(self.mix < 1):
-            trajectory = self.world_model.rssm.imagine_policy(
-                self.actor, start, c.imagine_horizon, generator=generator, detach_feature=True, clip_action=True
-            )
+            trajectory = self.trajectory(start, generator)
             feature, action = trajectory.state.feature, trajectory.action
             reward, discount = self.world_model.reward(feature).mean, self.world_model.cont(feature).mean
             discount = torch.cat([c.discount * ~ended.unsqueeze(0), discount[1:]])
