@@ -110,7 +110,8 @@ class Cell(nn.Module):
         raise NotImplementedError
 
     def embed_action(self, action: Tensor) -> Tensor:
-        return rssm_cells.embed_action(self.weights(), action, self.options)
+        weights = self.weights()
+        return rssm_cells.embed_action(weights, rssm_cells.clipped(weights, action), self.options)
 
     def forward(self, deter: Tensor, stoch: Tensor, embedded_action: Tensor) -> Tensor:
         return rssm_cells.step(self.weights(), deter, stoch, embedded_action, self.options)

@@ -222,9 +222,9 @@ def clipped(w: CellWeights, action: Tensor) -> Tensor:
 
 
 def embed_action(w: CellWeights, action: Tensor, options: Options) -> Tensor:
-    """All of a step that depends on the action alone, (..., A) to (..., U)."""
+    """All of a step that depends on the action alone, as its layer reads it (`clipped`): (..., A) to (..., U)."""
     if isinstance(w, BlockGRUWeights):
-        layer = F.linear(clipped(w, action), w.in_action, w.in_action_bias)
+        layer = F.linear(action, w.in_action, w.in_action_bias)
         return norm_act(layer, w.in_action_gain, w.in_action_shift, options)
     return F.linear(action, w.in_action, w.in_bias)
 

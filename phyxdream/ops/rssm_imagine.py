@@ -299,7 +299,7 @@ def _scan(action, deter, stoch, noise, *rest):
     categorical = len(latent) == 2
     race = rssm_cells.latent_noise(noise, categorical, options)
     if policy is None:
-        embedded = rssm_cells.embed_action(cell, action, options)
+        embedded = rssm_cells.embed_action(cell, rssm_cells.clipped(cell, action), options)
     else:
         draw = rssm_cells.arrival_times(action) if policy_options.dist == "categorical" else action
     stoch = stoch.flatten(1)
@@ -313,9 +313,7 @@ def _scan(action, deter, stoch, noise, *rest):
                 feature = feature.detach()
             statistics = rssm_cells.head(policy, feature, options._replace(act=policy_options.act))
             drawn = (_draw_action(statistics, draw[t], policy_options),)
-            # A block GRU clips what it embeds.
-            taken = drawn[0] if isinstance(cell, rssm_cells.BlockGRUWeights) else policy_options.taken(drawn[0])
-            embedded_action = rssm_cells.embed_action(cell, taken, options)
+            embedded_action = rssm_cells.embed_action(cell, policy_options.taken(drawn[0]), options)
         deter = rssm_cells.step(cell, deter, stoch, embedded_action, options)
         statistics = rssm_cells.head(prior, deter, options)
         if categorical:

@@ -223,7 +223,7 @@ def _scan(embed, action, is_first, deter, stoch, noise, initial_deter, initial_s
     first = is_first.unsqueeze(-1)  # (T, B, 1)
     stoch, initial_stoch = stoch.flatten(1), initial_stoch.flatten()
     # Hoisted out of the loop: the action's layer, and the embedding's half of the posterior's first layer.
-    actions = rssm_cells.embed_action(cell, torch.where(first, 0.0, action), options)
+    actions = rssm_cells.embed_action(cell, rssm_cells.clipped(cell, torch.where(first, 0.0, action)), options)
     from_deter, from_embed = posterior.in_weight.split([D, embed.shape[2]], 1)
     embeds = F.linear(embed, from_embed, posterior.in_bias)
     steps = []
