@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 # this.
 TIMEOUT = datetime.timedelta(hours=1)
 # Apart from what a seed is otherwise added to: the environments' numbers, restarts, the seeds of evaluations.
-_SEED_STRIDE = 5_000_011
+SEED_STRIDE = 5_000_011
 
 
 def world_size() -> int:
@@ -50,7 +50,7 @@ def is_first() -> bool:
 
 def own_seed(seed: int) -> int:
     """A seed of this process's own; `seed` itself in process 0."""
-    return seed + _SEED_STRIDE * rank()
+    return seed + SEED_STRIDE * rank()
 
 
 def own_gpu() -> int:

@@ -28,12 +28,11 @@ from torch import Tensor
 from phyxdream import errors
 from phyxdream.agents import DreamerAgent, DreamerConfig
 from phyxdream.agents.dreamer import Carry
-from phyxdream.train.driver import Driver, Episode, make_env
+from phyxdream.distributed import SEED_STRIDE
+from phyxdream.train.driver import RESTART_SEED_STRIDE, Driver, Episode, make_env
 
 # A block is given away after so many rows, or after this many seconds.
 ROWS, SECONDS = 16, 0.1
-# Apart from what a seed is otherwise added to: the environments' numbers, the seeds of evaluations.
-ACTOR_SEED_STRIDE, RESTART_SEED_STRIDE = 5_000_011, 10_007
 # How long an environment may take to close before its process ends anyway.
 CLOSE_SECONDS = 10.0
 
@@ -113,7 +112,7 @@ class Actor:
     def __init__(self, config: dict[str, Any], number: int = 0, incarnation: int = 0):
         self._number, self._incarnation = number, incarnation
         config = DreamerConfig.from_dict(config)
-        seed = config.seed + ACTOR_SEED_STRIDE * number + RESTART_SEED_STRIDE * incarnation
+        seed = config.seed + SEED_STRIDE * number + RESTART_SEED_STRIDE * incarnation
         self._config = replace(config, seed=seed, device="cpu")
         self._driver: Driver | None = None
         self._carry: Carry | None = None

@@ -13,6 +13,9 @@ from phyxdream.agents.dreamer import FLAGS
 from phyxdream.envs import VectorEnv
 from phyxdream.errors import EnvError
 
+# What environments that are started again add to their seed each time.
+RESTART_SEED_STRIDE = 10_007
+
 
 def make_env(
     config: DreamerConfig, num_envs: int | None = None, seed: int | None = None, segmentation: bool = False

@@ -28,7 +28,7 @@ from phyxdream.errors import CheckpointError, ConfigError
 from phyxdream.nn.rssm import State
 from phyxdream.replay import Curious, Loader, Prioritized, Recency, Replay, Uniform
 from phyxdream.train import checkpoint
-from phyxdream.train.driver import Driver, Episode, make_env
+from phyxdream.train.driver import RESTART_SEED_STRIDE, Driver, Episode, make_env
 from phyxdream.train.evaluate import Evaluation, evaluate
 from phyxdream.train.memory import keep_freed_memory
 from phyxdream.train.metrics import Metrics
@@ -288,7 +288,7 @@ class Session(Learning):
 
     def _restart_envs(self) -> None:
         self.driver.env.close()
-        self.driver = self._make_driver(self.seed + 10_007 * self.counters.restarts)
+        self.driver = self._make_driver(self.seed + RESTART_SEED_STRIDE * self.counters.restarts)
 
     def step(self) -> None:
         """One action everywhere, and the updates that the train ratio then allows."""
@@ -434,7 +434,7 @@ def _loop(session: Learning, metrics: Metrics | None, progress: Progress, receiv
             result = session.evaluate(metrics)
             progress.print(f"step {n.steps}: evaluation return {result.mean:.3f} ± {result.std:.3f} "
                            f"over {len(result.returns)} episodes")  # fmt: skip
-            n.next_eval += c.eval_every * max(1, (n.steps - n.next_eval) // c.eval_every + 1)
+            n.next_eval += c.eval_every * ((n.steps - n.next_eval) // c.eval_every + 1)
         stop, save = _asked(received, time.monotonic() - saved >= c.checkpoint_every)
         if save:
             session.save()
